@@ -49,7 +49,7 @@ class _RolloutStatusEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Rollout
     ROLLOUT_STATUS_REQUEUING: _RolloutStatus.ValueType  # 6
     """In the queue again after an attempt that ended in a status of its retry condition."""
     ROLLOUT_STATUS_CANCELLED: _RolloutStatus.ValueType  # 7
-    """Called off by UpdateRollout. Terminal, and wins over whatever its attempt reports later."""
+    """Called off by UpdateRollout. Terminal for good: it wins over whatever its attempt reports later."""
 
 class RolloutStatus(_RolloutStatus, metaclass=_RolloutStatusEnumTypeWrapper):
     """Where a rollout stands. It follows the rollout's latest attempt."""
@@ -69,7 +69,7 @@ ROLLOUT_STATUS_FAILED: RolloutStatus.ValueType  # 5
 ROLLOUT_STATUS_REQUEUING: RolloutStatus.ValueType  # 6
 """In the queue again after an attempt that ended in a status of its retry condition."""
 ROLLOUT_STATUS_CANCELLED: RolloutStatus.ValueType  # 7
-"""Called off by UpdateRollout. Terminal, and wins over whatever its attempt reports later."""
+"""Called off by UpdateRollout. Terminal for good: it wins over whatever its attempt reports later."""
 Global___RolloutStatus: _TypeAlias = RolloutStatus  # noqa: Y015
 
 class _AttemptStatus:
@@ -91,7 +91,9 @@ class _AttemptStatusEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Attempt
     ATTEMPT_STATUS_TIMEOUT: _AttemptStatus.ValueType  # 5
     """It ran longer than RolloutConfig.timeout_seconds. Terminal."""
     ATTEMPT_STATUS_UNRESPONSIVE: _AttemptStatus.ValueType  # 6
-    """It was silent for longer than RolloutConfig.unresponsive_seconds. A later span revives it while it is still the latest."""
+    """It was silent for longer than RolloutConfig.unresponsive_seconds. Terminal, but not for good: while no newer attempt exists, a
+    later span revives it, and a late result counts.
+    """
     ATTEMPT_STATUS_CANCELLED: _AttemptStatus.ValueType  # 7
     """Its rollout was cancelled. Terminal."""
 
@@ -111,7 +113,9 @@ ATTEMPT_STATUS_FAILED: AttemptStatus.ValueType  # 4
 ATTEMPT_STATUS_TIMEOUT: AttemptStatus.ValueType  # 5
 """It ran longer than RolloutConfig.timeout_seconds. Terminal."""
 ATTEMPT_STATUS_UNRESPONSIVE: AttemptStatus.ValueType  # 6
-"""It was silent for longer than RolloutConfig.unresponsive_seconds. A later span revives it while it is still the latest."""
+"""It was silent for longer than RolloutConfig.unresponsive_seconds. Terminal, but not for good: while no newer attempt exists, a
+later span revives it, and a late result counts.
+"""
 ATTEMPT_STATUS_CANCELLED: AttemptStatus.ValueType  # 7
 """Its rollout was cancelled. Terminal."""
 Global___AttemptStatus: _TypeAlias = AttemptStatus  # noqa: Y015
@@ -294,7 +298,7 @@ class Rollout(_message.Message):
 
     @_builtins.property
     def latest_attempt(self) -> Global___Attempt:
-        """The newest attempt. Set where the call says so; absent on a rollout that was never claimed."""
+        """The newest attempt. Absent on a rollout that was never claimed."""
 
     def __init__(
         self,

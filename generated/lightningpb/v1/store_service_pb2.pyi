@@ -134,7 +134,9 @@ class Page(_message.Message):
     offset: _builtins.int
     """How many to leave out at the beginning."""
     sort_by: _builtins.str
-    """The name of the record's field to sort by. Absent: the order that the query documents. Records without a value come last."""
+    """The name of the record's field to sort by. Absent: the order in which the records were made. Records without a value come
+    first.
+    """
     sort_order: Global___SortOrder.ValueType
     """The direction of the sort."""
     def __init__(
@@ -386,11 +388,13 @@ class DequeueRolloutsRequest(_message.Message):
     request_id: _builtins.str
     """Makes a retry safe: a repeat returns the rollouts that the first call claimed."""
     limit: _builtins.int
-    """The most to claim. 0 claims nothing. The server may return fewer to bound the size of the answer; the rest stays in the queue."""
+    """The most to claim. The server may return fewer to bound the size of the answer; the rest stays in the queue."""
     worker_id: _builtins.str
     """The worker that claims. Absent: the claim is nobody's."""
     wait_seconds: _builtins.float
-    """How long to wait for work when there is none. Absent or 0: answer at once. The server may cut it short with an empty answer."""
+    """How long to wait for work when there is none. Absent: answer at once. The server may cut it short with an empty answer, so a
+    client that wants to wait longer asks again.
+    """
     instance_id: _builtins.str
     """The worker's process, see WorkerHeartbeat.instance_id. Absent when the worker sends no heartbeats."""
     def __init__(
@@ -1280,7 +1284,7 @@ class SendHeartbeatResponse(_message.Message):
 
     @_builtins.property
     def commands(self) -> _containers.RepeatedCompositeFieldContainer[_worker_pb2.WorkerCommand]:
-        """The commands that waited for this process, oldest first. They are not sent again."""
+        """What to do; above all, cancel each named attempt that is no longer this process's to run."""
 
     def __init__(
         self,
@@ -1308,7 +1312,7 @@ class SendWorkerCommandRequest(_message.Message):
     request_id: _builtins.str
     """Makes a retry safe."""
     worker_id: _builtins.str
-    """The worker to tell. Absent: all of them."""
+    """The worker to tell. Absent: all that listen."""
     @_builtins.property
     def command(self) -> _worker_pb2.WorkerCommand:
         """What to do."""
@@ -1336,17 +1340,17 @@ class SendWorkerCommandResponse(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    DELIVERED_FIELD_NUMBER: _builtins.int
-    delivered: _builtins.int
-    """How many worker processes are listening and were told at once. Others find the command at their next heartbeat."""
+    RECEIVED_FIELD_NUMBER: _builtins.int
+    received: _builtins.int
+    """How many worker processes get it."""
     def __init__(
         self,
         *,
-        delivered: _builtins.int = ...,
+        received: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["delivered", b"delivered"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["received", b"received"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1461,6 +1465,7 @@ class GetStatisticsResponse(_message.Message):
     TOTAL_WORKERS_FIELD_NUMBER: _builtins.int
     UPTIME_SECONDS_FIELD_NUMBER: _builtins.int
     TOTAL_SPAN_BYTES_FIELD_NUMBER: _builtins.int
+    EVICTED_SPANS_FIELD_NUMBER: _builtins.int
     EVICTION_THRESHOLD_BYTES_FIELD_NUMBER: _builtins.int
     SAFE_THRESHOLD_BYTES_FIELD_NUMBER: _builtins.int
     MEMORY_CAPACITY_BYTES_FIELD_NUMBER: _builtins.int
@@ -1482,10 +1487,12 @@ class GetStatisticsResponse(_message.Message):
     """How long the store has been up."""
     total_span_bytes: _builtins.int
     """How many bytes the spans take."""
+    evicted_spans: _builtins.int
+    """How many spans were dropped to save memory."""
     eviction_threshold_bytes: _builtins.int
-    """From how many bytes on spans are evicted."""
+    """From how many bytes on spans are dropped."""
     safe_threshold_bytes: _builtins.int
-    """Down to how many bytes spans are evicted."""
+    """Down to how many bytes spans are dropped."""
     memory_capacity_bytes: _builtins.int
     """How much memory the machine has."""
     extra_json: _builtins.bytes
@@ -1505,16 +1512,19 @@ class GetStatisticsResponse(_message.Message):
         total_workers: _builtins.int | None = ...,
         uptime_seconds: _builtins.float | None = ...,
         total_span_bytes: _builtins.int | None = ...,
+        evicted_spans: _builtins.int | None = ...,
         eviction_threshold_bytes: _builtins.int | None = ...,
         safe_threshold_bytes: _builtins.int | None = ...,
         memory_capacity_bytes: _builtins.int | None = ...,
         rollouts_by_status: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         extra_json: _builtins.bytes | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_eviction_threshold_bytes", b"_eviction_threshold_bytes", "_extra_json", b"_extra_json", "_memory_capacity_bytes", b"_memory_capacity_bytes", "_safe_threshold_bytes", b"_safe_threshold_bytes", "_total_attempts", b"_total_attempts", "_total_resources", b"_total_resources", "_total_rollouts", b"_total_rollouts", "_total_span_bytes", b"_total_span_bytes", "_total_spans", b"_total_spans", "_total_workers", b"_total_workers", "_uptime_seconds", b"_uptime_seconds", "eviction_threshold_bytes", b"eviction_threshold_bytes", "extra_json", b"extra_json", "memory_capacity_bytes", b"memory_capacity_bytes", "safe_threshold_bytes", b"safe_threshold_bytes", "total_attempts", b"total_attempts", "total_resources", b"total_resources", "total_rollouts", b"total_rollouts", "total_span_bytes", b"total_span_bytes", "total_spans", b"total_spans", "total_workers", b"total_workers", "uptime_seconds", b"uptime_seconds"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_evicted_spans", b"_evicted_spans", "_eviction_threshold_bytes", b"_eviction_threshold_bytes", "_extra_json", b"_extra_json", "_memory_capacity_bytes", b"_memory_capacity_bytes", "_safe_threshold_bytes", b"_safe_threshold_bytes", "_total_attempts", b"_total_attempts", "_total_resources", b"_total_resources", "_total_rollouts", b"_total_rollouts", "_total_span_bytes", b"_total_span_bytes", "_total_spans", b"_total_spans", "_total_workers", b"_total_workers", "_uptime_seconds", b"_uptime_seconds", "evicted_spans", b"evicted_spans", "eviction_threshold_bytes", b"eviction_threshold_bytes", "extra_json", b"extra_json", "memory_capacity_bytes", b"memory_capacity_bytes", "safe_threshold_bytes", b"safe_threshold_bytes", "total_attempts", b"total_attempts", "total_resources", b"total_resources", "total_rollouts", b"total_rollouts", "total_span_bytes", b"total_span_bytes", "total_spans", b"total_spans", "total_workers", b"total_workers", "uptime_seconds", b"uptime_seconds"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_eviction_threshold_bytes", b"_eviction_threshold_bytes", "_extra_json", b"_extra_json", "_memory_capacity_bytes", b"_memory_capacity_bytes", "_safe_threshold_bytes", b"_safe_threshold_bytes", "_total_attempts", b"_total_attempts", "_total_resources", b"_total_resources", "_total_rollouts", b"_total_rollouts", "_total_span_bytes", b"_total_span_bytes", "_total_spans", b"_total_spans", "_total_workers", b"_total_workers", "_uptime_seconds", b"_uptime_seconds", "eviction_threshold_bytes", b"eviction_threshold_bytes", "extra_json", b"extra_json", "memory_capacity_bytes", b"memory_capacity_bytes", "name", b"name", "rollouts_by_status", b"rollouts_by_status", "safe_threshold_bytes", b"safe_threshold_bytes", "total_attempts", b"total_attempts", "total_resources", b"total_resources", "total_rollouts", b"total_rollouts", "total_span_bytes", b"total_span_bytes", "total_spans", b"total_spans", "total_workers", b"total_workers", "uptime_seconds", b"uptime_seconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_evicted_spans", b"_evicted_spans", "_eviction_threshold_bytes", b"_eviction_threshold_bytes", "_extra_json", b"_extra_json", "_memory_capacity_bytes", b"_memory_capacity_bytes", "_safe_threshold_bytes", b"_safe_threshold_bytes", "_total_attempts", b"_total_attempts", "_total_resources", b"_total_resources", "_total_rollouts", b"_total_rollouts", "_total_span_bytes", b"_total_span_bytes", "_total_spans", b"_total_spans", "_total_workers", b"_total_workers", "_uptime_seconds", b"_uptime_seconds", "evicted_spans", b"evicted_spans", "eviction_threshold_bytes", b"eviction_threshold_bytes", "extra_json", b"extra_json", "memory_capacity_bytes", b"memory_capacity_bytes", "name", b"name", "rollouts_by_status", b"rollouts_by_status", "safe_threshold_bytes", b"safe_threshold_bytes", "total_attempts", b"total_attempts", "total_resources", b"total_resources", "total_rollouts", b"total_rollouts", "total_span_bytes", b"total_span_bytes", "total_spans", b"total_spans", "total_workers", b"total_workers", "uptime_seconds", b"uptime_seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__evicted_spans: _TypeAlias = _typing.Literal["evicted_spans"]  # noqa: Y015
+    _WhichOneofArgType__evicted_spans: _TypeAlias = _typing.Literal["_evicted_spans", b"_evicted_spans"]  # noqa: Y015
     _WhichOneofReturnType__eviction_threshold_bytes: _TypeAlias = _typing.Literal["eviction_threshold_bytes"]  # noqa: Y015
     _WhichOneofArgType__eviction_threshold_bytes: _TypeAlias = _typing.Literal["_eviction_threshold_bytes", b"_eviction_threshold_bytes"]  # noqa: Y015
     _WhichOneofReturnType__extra_json: _TypeAlias = _typing.Literal["extra_json"]  # noqa: Y015
@@ -1537,6 +1547,8 @@ class GetStatisticsResponse(_message.Message):
     _WhichOneofArgType__total_workers: _TypeAlias = _typing.Literal["_total_workers", b"_total_workers"]  # noqa: Y015
     _WhichOneofReturnType__uptime_seconds: _TypeAlias = _typing.Literal["uptime_seconds"]  # noqa: Y015
     _WhichOneofArgType__uptime_seconds: _TypeAlias = _typing.Literal["_uptime_seconds", b"_uptime_seconds"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__evicted_spans) -> _WhichOneofReturnType__evicted_spans | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__eviction_threshold_bytes) -> _WhichOneofReturnType__eviction_threshold_bytes | None: ...
     @_typing.overload
@@ -1594,7 +1606,7 @@ class Capabilities(_message.Message):
     async_safe: _builtins.bool
     """May be called from many tasks of one event loop."""
     zero_copy: _builtins.bool
-    """Shares memory with its callers. Never true across a connection."""
+    """Several processes may hold the same store without a server between them."""
     otlp_traces: _builtins.bool
     """Takes spans over OTLP."""
     def __init__(
@@ -1659,7 +1671,7 @@ Global___GetServerInfoResponse: _TypeAlias = GetServerInfoResponse  # noqa: Y015
 
 @_typing.final
 class QueryRolloutsRequest(_message.Message):
-    """See QueryRollouts. Sorted by start_time where the page does not say."""
+    """See QueryRollouts."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1735,7 +1747,7 @@ Global___QueryRolloutsResponse: _TypeAlias = QueryRolloutsResponse  # noqa: Y015
 
 @_typing.final
 class QueryAttemptsRequest(_message.Message):
-    """See QueryAttempts. Sorted by sequence_id where the page does not say."""
+    """See QueryAttempts."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1793,7 +1805,7 @@ Global___QueryAttemptsResponse: _TypeAlias = QueryAttemptsResponse  # noqa: Y015
 
 @_typing.final
 class QuerySpansRequest(_message.Message):
-    """See QuerySpans. Sorted by sequence_id where the page does not say."""
+    """See QuerySpans. Most callers sort by sequence_id."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1926,20 +1938,17 @@ Global___QuerySpansResponse: _TypeAlias = QuerySpansResponse  # noqa: Y015
 
 @_typing.final
 class QueryResourcesRequest(_message.Message):
-    """See QueryResources. Sorted by update_time where the page does not say."""
+    """See QueryResources. Both conditions must hold."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     RESOURCES_ID_FIELD_NUMBER: _builtins.int
     RESOURCES_ID_CONTAINS_FIELD_NUMBER: _builtins.int
-    FILTER_LOGIC_FIELD_NUMBER: _builtins.int
     PAGE_FIELD_NUMBER: _builtins.int
     resources_id: _builtins.str
     """The bundle. Absent: any."""
     resources_id_contains: _builtins.str
     """The bundle's id contains this text. Absent: any."""
-    filter_logic: Global___FilterLogic.ValueType
-    """How these conditions combine."""
     @_builtins.property
     def page(self) -> Global___Page:
         """Which part, in which order. Absent: all."""
@@ -1949,12 +1958,11 @@ class QueryResourcesRequest(_message.Message):
         *,
         resources_id: _builtins.str | None = ...,
         resources_id_contains: _builtins.str | None = ...,
-        filter_logic: Global___FilterLogic.ValueType = ...,
         page: Global___Page | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_resources_id", b"_resources_id", "_resources_id_contains", b"_resources_id_contains", "page", b"page", "resources_id", b"resources_id", "resources_id_contains", b"resources_id_contains"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_resources_id", b"_resources_id", "_resources_id_contains", b"_resources_id_contains", "filter_logic", b"filter_logic", "page", b"page", "resources_id", b"resources_id", "resources_id_contains", b"resources_id_contains"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_resources_id", b"_resources_id", "_resources_id_contains", b"_resources_id_contains", "page", b"page", "resources_id", b"resources_id", "resources_id_contains", b"resources_id_contains"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__resources_id: _TypeAlias = _typing.Literal["resources_id"]  # noqa: Y015
     _WhichOneofArgType__resources_id: _TypeAlias = _typing.Literal["_resources_id", b"_resources_id"]  # noqa: Y015
@@ -1999,7 +2007,7 @@ Global___QueryResourcesResponse: _TypeAlias = QueryResourcesResponse  # noqa: Y0
 
 @_typing.final
 class QueryWorkersRequest(_message.Message):
-    """See QueryWorkers. Sorted by worker_id where the page does not say."""
+    """See QueryWorkers."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -2407,27 +2415,23 @@ class WorkerSessionRequest(_message.Message):
 
         WORKER_ID_FIELD_NUMBER: _builtins.int
         INSTANCE_ID_FIELD_NUMBER: _builtins.int
-        INTERVAL_SECONDS_FIELD_NUMBER: _builtins.int
         worker_id: _builtins.str
         """The worker."""
         instance_id: _builtins.str
-        """The process: fresh at each start of the worker."""
-        interval_seconds: _builtins.float
-        """How long the worker may stay silent, jitter included, before it counts as gone. Absent: the server's default."""
+        """The process, see WorkerHeartbeat.instance_id. Absent: whichever process has this worker's name."""
         def __init__(
             self,
             *,
             worker_id: _builtins.str = ...,
-            instance_id: _builtins.str = ...,
-            interval_seconds: _builtins.float | None = ...,
+            instance_id: _builtins.str | None = ...,
         ) -> None: ...
-        _HasFieldArgType: _TypeAlias = _typing.Literal["_interval_seconds", b"_interval_seconds", "interval_seconds", b"interval_seconds"]  # noqa: Y015
+        _HasFieldArgType: _TypeAlias = _typing.Literal["_instance_id", b"_instance_id", "instance_id", b"instance_id"]  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["_interval_seconds", b"_interval_seconds", "instance_id", b"instance_id", "interval_seconds", b"interval_seconds", "worker_id", b"worker_id"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["_instance_id", b"_instance_id", "instance_id", b"instance_id", "worker_id", b"worker_id"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-        _WhichOneofReturnType__interval_seconds: _TypeAlias = _typing.Literal["interval_seconds"]  # noqa: Y015
-        _WhichOneofArgType__interval_seconds: _TypeAlias = _typing.Literal["_interval_seconds", b"_interval_seconds"]  # noqa: Y015
-        def WhichOneof(self, oneof_group: _WhichOneofArgType__interval_seconds) -> _WhichOneofReturnType__interval_seconds | None: ...
+        _WhichOneofReturnType__instance_id: _TypeAlias = _typing.Literal["instance_id"]  # noqa: Y015
+        _WhichOneofArgType__instance_id: _TypeAlias = _typing.Literal["_instance_id", b"_instance_id"]  # noqa: Y015
+        def WhichOneof(self, oneof_group: _WhichOneofArgType__instance_id) -> _WhichOneofReturnType__instance_id | None: ...
 
     HELLO_FIELD_NUMBER: _builtins.int
     HEARTBEAT_FIELD_NUMBER: _builtins.int
@@ -2468,22 +2472,18 @@ class WorkerSessionResponse(_message.Message):
         DESCRIPTOR: _descriptor.Descriptor
 
         WORKER_FIELD_NUMBER: _builtins.int
-        INTERVAL_SECONDS_FIELD_NUMBER: _builtins.int
-        interval_seconds: _builtins.float
-        """The silence after which the server gives the worker up; what it announced, or the server's default."""
         @_builtins.property
         def worker(self) -> _worker_pb2.Worker:
-            """The worker as it is now."""
+            """The worker as it is now. Absent when the store does not know it yet."""
 
         def __init__(
             self,
             *,
             worker: _worker_pb2.Worker | None = ...,
-            interval_seconds: _builtins.float = ...,
         ) -> None: ...
         _HasFieldArgType: _TypeAlias = _typing.Literal["worker", b"worker"]  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["interval_seconds", b"interval_seconds", "worker", b"worker"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["worker", b"worker"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -2519,7 +2519,7 @@ class WorkerSessionResponse(_message.Message):
 
     @_builtins.property
     def heartbeat_ack(self) -> Global___WorkerSessionResponse.HeartbeatAck:
-        """One for each heartbeat."""
+        """One for each heartbeat, in order."""
 
     @_builtins.property
     def command(self) -> _worker_pb2.WorkerCommand:

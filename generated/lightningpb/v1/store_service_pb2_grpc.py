@@ -212,7 +212,7 @@ class LightningStoreServiceServicer(object):
 
     def StartAttempt(self, request, context):
         """Makes the next attempt at a rollout, outside its retry rules. Called by runners and algorithms for manual retries.
-        NOT_FOUND: the rollout does not exist.
+        The rollout leaves the queue if it was in it. NOT_FOUND: the rollout does not exist. INVALID_ARGUMENT: it is cancelled.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -221,7 +221,7 @@ class LightningStoreServiceServicer(object):
     def UpdateRollout(self, request, context):
         """Changes the named fields of a rollout; status CANCELLED calls it off and interrupts its runner. Called by algorithms.
         NOT_FOUND: the rollout or the resources_id does not exist. INVALID_ARGUMENT: the mask names a field that cannot be set or
-        cleared.
+        cleared, or the status is to change and the rollout is cancelled.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -229,7 +229,8 @@ class LightningStoreServiceServicer(object):
 
     def UpdateAttempt(self, request, context):
         """Changes the named fields of an attempt; this is how a runner reports success or failure. Called by runners.
-        NOT_FOUND: the rollout or attempt does not exist. INVALID_ARGUMENT: the mask names a field that cannot be set or cleared.
+        NOT_FOUND: the rollout or attempt does not exist. INVALID_ARGUMENT: the mask names a field that cannot be set or cleared,
+        or the status is CANCELLED: cancel the rollout instead.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -259,8 +260,8 @@ class LightningStoreServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def GetLatestAttempt(self, request, context):
-        """Reads a rollout's newest attempt. Called by anyone. An unknown id, or a rollout without attempts, is an empty answer, not an
-        error.
+        """Reads a rollout's newest attempt. Called by anyone. A rollout without attempts is an empty answer, not an error.
+        NOT_FOUND: the rollout does not exist.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -304,25 +305,25 @@ class LightningStoreServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def UpdateWorker(self, request, context):
-        """Records that a worker lives, making it if it is new. Called by runners that do not name their attempts; others use
-        SendHeartbeat or WorkerSession.
+        """Records that a worker lives, and its open attempts with it; makes the worker if it is new. Called by runners that do not name
+        their process; others use SendHeartbeat or WorkerSession.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def SendHeartbeat(self, request, context):
-        """Records that a worker process and the attempts that it names live, and fetches the commands waiting for it. Called by runners
-        that cannot hold a WorkerSession open. Attempts that are unknown, closed, or another process's are ignored, and cancelled in
-        the answer.
+        """Records that a worker process and the attempts that it names live. Called by runners, also by those that hold a WorkerSession
+        open just to listen. The answer cancels each named attempt that is closed or was superseded. NOT_FOUND: a named attempt does
+        not exist.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def SendWorkerCommand(self, request, context):
-        """Sends a command to one worker or to all. Called by algorithms.
-        NOT_FOUND: the named worker does not exist.
+        """Sends a command to one worker or to all that listen by WorkerSession. Called by algorithms. Cancellations need no help: a
+        cancelled rollout's worker is told at once, and again in the answer to its next heartbeat.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -359,22 +360,22 @@ class LightningStoreServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def QueryAttempts(self, request, context):
-        """Finds the attempts at a rollout. Called by algorithms and viewers. An unknown rollout has none.
+        """Finds the attempts at a rollout. Called by algorithms and viewers. NOT_FOUND: the rollout does not exist.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def QuerySpans(self, request, context):
-        """Finds the spans of a rollout. Called by algorithms and viewers. An unknown rollout has none.
-        FAILED_PRECONDITION: the spans were dropped to save memory.
+        """Finds the spans of a rollout, attempt by attempt. Called by algorithms and viewers.
+        NOT_FOUND: the rollout or the attempt does not exist. FAILED_PRECONDITION: the spans were dropped to save memory.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def QueryResources(self, request, context):
-        """Finds versions of resources. Called by algorithms and viewers.
+        """Finds versions of resources, every version of every bundle. Called by algorithms and viewers.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -408,9 +409,10 @@ class LightningStoreServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def WorkerSession(self, request_iterator, context):
-        """Carries heartbeats up and commands down. Called by runners for as long as they run. A stream that breaks, or is silent for
-        longer than the announced interval, is noticed by both sides; the client opens another, and commands sent meanwhile reach it
-        there. INVALID_ARGUMENT: the first message was not Hello, or a heartbeat is another worker's.
+        """Carries heartbeats up and commands down. Called by runners for as long as they run. Opening it is no sign of life yet,
+        heartbeats are; a runner may also send those by SendHeartbeat and only listen here. A stream that breaks is opened again; what
+        was cancelled meanwhile is in the answer to the next heartbeat. INVALID_ARGUMENT: the first message was not Hello, or a
+        heartbeat is another worker's. NOT_FOUND: a heartbeat names an attempt that does not exist.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

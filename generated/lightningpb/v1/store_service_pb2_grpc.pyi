@@ -61,16 +61,17 @@ class LightningStoreServiceStub:
     """
     StartAttempt: _grpc.UnaryUnaryMultiCallable[_store_service_pb2.StartAttemptRequest, _store_service_pb2.StartAttemptResponse]
     """Makes the next attempt at a rollout, outside its retry rules. Called by runners and algorithms for manual retries.
-    NOT_FOUND: the rollout does not exist.
+    The rollout leaves the queue if it was in it. NOT_FOUND: the rollout does not exist. INVALID_ARGUMENT: it is cancelled.
     """
     UpdateRollout: _grpc.UnaryUnaryMultiCallable[_store_service_pb2.UpdateRolloutRequest, _store_service_pb2.UpdateRolloutResponse]
     """Changes the named fields of a rollout; status CANCELLED calls it off and interrupts its runner. Called by algorithms.
     NOT_FOUND: the rollout or the resources_id does not exist. INVALID_ARGUMENT: the mask names a field that cannot be set or
-    cleared.
+    cleared, or the status is to change and the rollout is cancelled.
     """
     UpdateAttempt: _grpc.UnaryUnaryMultiCallable[_store_service_pb2.UpdateAttemptRequest, _store_service_pb2.UpdateAttemptResponse]
     """Changes the named fields of an attempt; this is how a runner reports success or failure. Called by runners.
-    NOT_FOUND: the rollout or attempt does not exist. INVALID_ARGUMENT: the mask names a field that cannot be set or cleared.
+    NOT_FOUND: the rollout or attempt does not exist. INVALID_ARGUMENT: the mask names a field that cannot be set or cleared,
+    or the status is CANCELLED: cancel the rollout instead.
     """
     AddSpans: _grpc.UnaryUnaryMultiCallable[_store_service_pb2.AddSpansRequest, _store_service_pb2.AddSpansResponse]
     """Stores spans, each of which also counts as a sign of life of its attempt. Called by runners and tracers. A span that is already
@@ -83,8 +84,8 @@ class LightningStoreServiceStub:
     GetRollout: _grpc.UnaryUnaryMultiCallable[_store_service_pb2.GetRolloutRequest, _store_service_pb2.GetRolloutResponse]
     """Reads one rollout, with its latest attempt if it has any. Called by anyone. An unknown id is an empty answer, not an error."""
     GetLatestAttempt: _grpc.UnaryUnaryMultiCallable[_store_service_pb2.GetLatestAttemptRequest, _store_service_pb2.GetLatestAttemptResponse]
-    """Reads a rollout's newest attempt. Called by anyone. An unknown id, or a rollout without attempts, is an empty answer, not an
-    error.
+    """Reads a rollout's newest attempt. Called by anyone. A rollout without attempts is an empty answer, not an error.
+    NOT_FOUND: the rollout does not exist.
     """
     GetResources: _grpc.UnaryUnaryMultiCallable[_store_service_pb2.GetResourcesRequest, _store_service_pb2.GetResourcesResponse]
     """Reads one bundle of resources, in its newest or in a given version. Called by runners. An unknown id or version is an empty
@@ -101,17 +102,17 @@ class LightningStoreServiceStub:
     NOT_FOUND: the bundle does not exist.
     """
     UpdateWorker: _grpc.UnaryUnaryMultiCallable[_store_service_pb2.UpdateWorkerRequest, _store_service_pb2.UpdateWorkerResponse]
-    """Records that a worker lives, making it if it is new. Called by runners that do not name their attempts; others use
-    SendHeartbeat or WorkerSession.
+    """Records that a worker lives, and its open attempts with it; makes the worker if it is new. Called by runners that do not name
+    their process; others use SendHeartbeat or WorkerSession.
     """
     SendHeartbeat: _grpc.UnaryUnaryMultiCallable[_store_service_pb2.SendHeartbeatRequest, _store_service_pb2.SendHeartbeatResponse]
-    """Records that a worker process and the attempts that it names live, and fetches the commands waiting for it. Called by runners
-    that cannot hold a WorkerSession open. Attempts that are unknown, closed, or another process's are ignored, and cancelled in
-    the answer.
+    """Records that a worker process and the attempts that it names live. Called by runners, also by those that hold a WorkerSession
+    open just to listen. The answer cancels each named attempt that is closed or was superseded. NOT_FOUND: a named attempt does
+    not exist.
     """
     SendWorkerCommand: _grpc.UnaryUnaryMultiCallable[_store_service_pb2.SendWorkerCommandRequest, _store_service_pb2.SendWorkerCommandResponse]
-    """Sends a command to one worker or to all. Called by algorithms.
-    NOT_FOUND: the named worker does not exist.
+    """Sends a command to one worker or to all that listen by WorkerSession. Called by algorithms. Cancellations need no help: a
+    cancelled rollout's worker is told at once, and again in the answer to its next heartbeat.
     """
     WaitForRollouts: _grpc.UnaryUnaryMultiCallable[_store_service_pb2.WaitForRolloutsRequest, _store_service_pb2.WaitForRolloutsResponse]
     """Waits until the rollouts have ended, or the time is up. Called by algorithms. The server may answer before either (complete =
@@ -125,13 +126,13 @@ class LightningStoreServiceStub:
     QueryRollouts: _grpc.UnaryStreamMultiCallable[_store_service_pb2.QueryRolloutsRequest, _store_service_pb2.QueryRolloutsResponse]
     """Finds rollouts, each with its latest attempt. Called by algorithms and viewers."""
     QueryAttempts: _grpc.UnaryStreamMultiCallable[_store_service_pb2.QueryAttemptsRequest, _store_service_pb2.QueryAttemptsResponse]
-    """Finds the attempts at a rollout. Called by algorithms and viewers. An unknown rollout has none."""
+    """Finds the attempts at a rollout. Called by algorithms and viewers. NOT_FOUND: the rollout does not exist."""
     QuerySpans: _grpc.UnaryStreamMultiCallable[_store_service_pb2.QuerySpansRequest, _store_service_pb2.QuerySpansResponse]
-    """Finds the spans of a rollout. Called by algorithms and viewers. An unknown rollout has none.
-    FAILED_PRECONDITION: the spans were dropped to save memory.
+    """Finds the spans of a rollout, attempt by attempt. Called by algorithms and viewers.
+    NOT_FOUND: the rollout or the attempt does not exist. FAILED_PRECONDITION: the spans were dropped to save memory.
     """
     QueryResources: _grpc.UnaryStreamMultiCallable[_store_service_pb2.QueryResourcesRequest, _store_service_pb2.QueryResourcesResponse]
-    """Finds versions of resources. Called by algorithms and viewers."""
+    """Finds versions of resources, every version of every bundle. Called by algorithms and viewers."""
     QueryWorkers: _grpc.UnaryStreamMultiCallable[_store_service_pb2.QueryWorkersRequest, _store_service_pb2.QueryWorkersResponse]
     """Finds workers. Called by algorithms and viewers."""
     WatchRollouts: _grpc.UnaryStreamMultiCallable[_store_service_pb2.WatchRolloutsRequest, _store_service_pb2.WatchRolloutsResponse]
@@ -147,9 +148,10 @@ class LightningStoreServiceStub:
     credits. INVALID_ARGUMENT: the first message was not Open, or batch numbers do not count up by one.
     """
     WorkerSession: _grpc.StreamStreamMultiCallable[_store_service_pb2.WorkerSessionRequest, _store_service_pb2.WorkerSessionResponse]
-    """Carries heartbeats up and commands down. Called by runners for as long as they run. A stream that breaks, or is silent for
-    longer than the announced interval, is noticed by both sides; the client opens another, and commands sent meanwhile reach it
-    there. INVALID_ARGUMENT: the first message was not Hello, or a heartbeat is another worker's.
+    """Carries heartbeats up and commands down. Called by runners for as long as they run. Opening it is no sign of life yet,
+    heartbeats are; a runner may also send those by SendHeartbeat and only listen here. A stream that breaks is opened again; what
+    was cancelled meanwhile is in the answer to the next heartbeat. INVALID_ARGUMENT: the first message was not Hello, or a
+    heartbeat is another worker's. NOT_FOUND: a heartbeat names an attempt that does not exist.
     """
 
 @_typing.type_check_only
@@ -171,16 +173,17 @@ class LightningStoreServiceAsyncStub(LightningStoreServiceStub):
     """
     StartAttempt: _aio.UnaryUnaryMultiCallable[_store_service_pb2.StartAttemptRequest, _store_service_pb2.StartAttemptResponse]  # type: ignore[assignment]
     """Makes the next attempt at a rollout, outside its retry rules. Called by runners and algorithms for manual retries.
-    NOT_FOUND: the rollout does not exist.
+    The rollout leaves the queue if it was in it. NOT_FOUND: the rollout does not exist. INVALID_ARGUMENT: it is cancelled.
     """
     UpdateRollout: _aio.UnaryUnaryMultiCallable[_store_service_pb2.UpdateRolloutRequest, _store_service_pb2.UpdateRolloutResponse]  # type: ignore[assignment]
     """Changes the named fields of a rollout; status CANCELLED calls it off and interrupts its runner. Called by algorithms.
     NOT_FOUND: the rollout or the resources_id does not exist. INVALID_ARGUMENT: the mask names a field that cannot be set or
-    cleared.
+    cleared, or the status is to change and the rollout is cancelled.
     """
     UpdateAttempt: _aio.UnaryUnaryMultiCallable[_store_service_pb2.UpdateAttemptRequest, _store_service_pb2.UpdateAttemptResponse]  # type: ignore[assignment]
     """Changes the named fields of an attempt; this is how a runner reports success or failure. Called by runners.
-    NOT_FOUND: the rollout or attempt does not exist. INVALID_ARGUMENT: the mask names a field that cannot be set or cleared.
+    NOT_FOUND: the rollout or attempt does not exist. INVALID_ARGUMENT: the mask names a field that cannot be set or cleared,
+    or the status is CANCELLED: cancel the rollout instead.
     """
     AddSpans: _aio.UnaryUnaryMultiCallable[_store_service_pb2.AddSpansRequest, _store_service_pb2.AddSpansResponse]  # type: ignore[assignment]
     """Stores spans, each of which also counts as a sign of life of its attempt. Called by runners and tracers. A span that is already
@@ -193,8 +196,8 @@ class LightningStoreServiceAsyncStub(LightningStoreServiceStub):
     GetRollout: _aio.UnaryUnaryMultiCallable[_store_service_pb2.GetRolloutRequest, _store_service_pb2.GetRolloutResponse]  # type: ignore[assignment]
     """Reads one rollout, with its latest attempt if it has any. Called by anyone. An unknown id is an empty answer, not an error."""
     GetLatestAttempt: _aio.UnaryUnaryMultiCallable[_store_service_pb2.GetLatestAttemptRequest, _store_service_pb2.GetLatestAttemptResponse]  # type: ignore[assignment]
-    """Reads a rollout's newest attempt. Called by anyone. An unknown id, or a rollout without attempts, is an empty answer, not an
-    error.
+    """Reads a rollout's newest attempt. Called by anyone. A rollout without attempts is an empty answer, not an error.
+    NOT_FOUND: the rollout does not exist.
     """
     GetResources: _aio.UnaryUnaryMultiCallable[_store_service_pb2.GetResourcesRequest, _store_service_pb2.GetResourcesResponse]  # type: ignore[assignment]
     """Reads one bundle of resources, in its newest or in a given version. Called by runners. An unknown id or version is an empty
@@ -211,17 +214,17 @@ class LightningStoreServiceAsyncStub(LightningStoreServiceStub):
     NOT_FOUND: the bundle does not exist.
     """
     UpdateWorker: _aio.UnaryUnaryMultiCallable[_store_service_pb2.UpdateWorkerRequest, _store_service_pb2.UpdateWorkerResponse]  # type: ignore[assignment]
-    """Records that a worker lives, making it if it is new. Called by runners that do not name their attempts; others use
-    SendHeartbeat or WorkerSession.
+    """Records that a worker lives, and its open attempts with it; makes the worker if it is new. Called by runners that do not name
+    their process; others use SendHeartbeat or WorkerSession.
     """
     SendHeartbeat: _aio.UnaryUnaryMultiCallable[_store_service_pb2.SendHeartbeatRequest, _store_service_pb2.SendHeartbeatResponse]  # type: ignore[assignment]
-    """Records that a worker process and the attempts that it names live, and fetches the commands waiting for it. Called by runners
-    that cannot hold a WorkerSession open. Attempts that are unknown, closed, or another process's are ignored, and cancelled in
-    the answer.
+    """Records that a worker process and the attempts that it names live. Called by runners, also by those that hold a WorkerSession
+    open just to listen. The answer cancels each named attempt that is closed or was superseded. NOT_FOUND: a named attempt does
+    not exist.
     """
     SendWorkerCommand: _aio.UnaryUnaryMultiCallable[_store_service_pb2.SendWorkerCommandRequest, _store_service_pb2.SendWorkerCommandResponse]  # type: ignore[assignment]
-    """Sends a command to one worker or to all. Called by algorithms.
-    NOT_FOUND: the named worker does not exist.
+    """Sends a command to one worker or to all that listen by WorkerSession. Called by algorithms. Cancellations need no help: a
+    cancelled rollout's worker is told at once, and again in the answer to its next heartbeat.
     """
     WaitForRollouts: _aio.UnaryUnaryMultiCallable[_store_service_pb2.WaitForRolloutsRequest, _store_service_pb2.WaitForRolloutsResponse]  # type: ignore[assignment]
     """Waits until the rollouts have ended, or the time is up. Called by algorithms. The server may answer before either (complete =
@@ -235,13 +238,13 @@ class LightningStoreServiceAsyncStub(LightningStoreServiceStub):
     QueryRollouts: _aio.UnaryStreamMultiCallable[_store_service_pb2.QueryRolloutsRequest, _store_service_pb2.QueryRolloutsResponse]  # type: ignore[assignment]
     """Finds rollouts, each with its latest attempt. Called by algorithms and viewers."""
     QueryAttempts: _aio.UnaryStreamMultiCallable[_store_service_pb2.QueryAttemptsRequest, _store_service_pb2.QueryAttemptsResponse]  # type: ignore[assignment]
-    """Finds the attempts at a rollout. Called by algorithms and viewers. An unknown rollout has none."""
+    """Finds the attempts at a rollout. Called by algorithms and viewers. NOT_FOUND: the rollout does not exist."""
     QuerySpans: _aio.UnaryStreamMultiCallable[_store_service_pb2.QuerySpansRequest, _store_service_pb2.QuerySpansResponse]  # type: ignore[assignment]
-    """Finds the spans of a rollout. Called by algorithms and viewers. An unknown rollout has none.
-    FAILED_PRECONDITION: the spans were dropped to save memory.
+    """Finds the spans of a rollout, attempt by attempt. Called by algorithms and viewers.
+    NOT_FOUND: the rollout or the attempt does not exist. FAILED_PRECONDITION: the spans were dropped to save memory.
     """
     QueryResources: _aio.UnaryStreamMultiCallable[_store_service_pb2.QueryResourcesRequest, _store_service_pb2.QueryResourcesResponse]  # type: ignore[assignment]
-    """Finds versions of resources. Called by algorithms and viewers."""
+    """Finds versions of resources, every version of every bundle. Called by algorithms and viewers."""
     QueryWorkers: _aio.UnaryStreamMultiCallable[_store_service_pb2.QueryWorkersRequest, _store_service_pb2.QueryWorkersResponse]  # type: ignore[assignment]
     """Finds workers. Called by algorithms and viewers."""
     WatchRollouts: _aio.UnaryStreamMultiCallable[_store_service_pb2.WatchRolloutsRequest, _store_service_pb2.WatchRolloutsResponse]  # type: ignore[assignment]
@@ -257,9 +260,10 @@ class LightningStoreServiceAsyncStub(LightningStoreServiceStub):
     credits. INVALID_ARGUMENT: the first message was not Open, or batch numbers do not count up by one.
     """
     WorkerSession: _aio.StreamStreamMultiCallable[_store_service_pb2.WorkerSessionRequest, _store_service_pb2.WorkerSessionResponse]  # type: ignore[assignment]
-    """Carries heartbeats up and commands down. Called by runners for as long as they run. A stream that breaks, or is silent for
-    longer than the announced interval, is noticed by both sides; the client opens another, and commands sent meanwhile reach it
-    there. INVALID_ARGUMENT: the first message was not Hello, or a heartbeat is another worker's.
+    """Carries heartbeats up and commands down. Called by runners for as long as they run. Opening it is no sign of life yet,
+    heartbeats are; a runner may also send those by SendHeartbeat and only listen here. A stream that breaks is opened again; what
+    was cancelled meanwhile is in the answer to the next heartbeat. INVALID_ARGUMENT: the first message was not Hello, or a
+    heartbeat is another worker's. NOT_FOUND: a heartbeat names an attempt that does not exist.
     """
 
 class LightningStoreServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -302,7 +306,7 @@ class LightningStoreServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_store_service_pb2.StartAttemptResponse, _abc.Awaitable[_store_service_pb2.StartAttemptResponse]]:
         """Makes the next attempt at a rollout, outside its retry rules. Called by runners and algorithms for manual retries.
-        NOT_FOUND: the rollout does not exist.
+        The rollout leaves the queue if it was in it. NOT_FOUND: the rollout does not exist. INVALID_ARGUMENT: it is cancelled.
         """
 
     @_abc_1.abstractmethod
@@ -313,7 +317,7 @@ class LightningStoreServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_store_service_pb2.UpdateRolloutResponse, _abc.Awaitable[_store_service_pb2.UpdateRolloutResponse]]:
         """Changes the named fields of a rollout; status CANCELLED calls it off and interrupts its runner. Called by algorithms.
         NOT_FOUND: the rollout or the resources_id does not exist. INVALID_ARGUMENT: the mask names a field that cannot be set or
-        cleared.
+        cleared, or the status is to change and the rollout is cancelled.
         """
 
     @_abc_1.abstractmethod
@@ -323,7 +327,8 @@ class LightningStoreServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_store_service_pb2.UpdateAttemptResponse, _abc.Awaitable[_store_service_pb2.UpdateAttemptResponse]]:
         """Changes the named fields of an attempt; this is how a runner reports success or failure. Called by runners.
-        NOT_FOUND: the rollout or attempt does not exist. INVALID_ARGUMENT: the mask names a field that cannot be set or cleared.
+        NOT_FOUND: the rollout or attempt does not exist. INVALID_ARGUMENT: the mask names a field that cannot be set or cleared,
+        or the status is CANCELLED: cancel the rollout instead.
         """
 
     @_abc_1.abstractmethod
@@ -360,8 +365,8 @@ class LightningStoreServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _store_service_pb2.GetLatestAttemptRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_store_service_pb2.GetLatestAttemptResponse, _abc.Awaitable[_store_service_pb2.GetLatestAttemptResponse]]:
-        """Reads a rollout's newest attempt. Called by anyone. An unknown id, or a rollout without attempts, is an empty answer, not an
-        error.
+        """Reads a rollout's newest attempt. Called by anyone. A rollout without attempts is an empty answer, not an error.
+        NOT_FOUND: the rollout does not exist.
         """
 
     @_abc_1.abstractmethod
@@ -414,8 +419,8 @@ class LightningStoreServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _store_service_pb2.UpdateWorkerRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_store_service_pb2.UpdateWorkerResponse, _abc.Awaitable[_store_service_pb2.UpdateWorkerResponse]]:
-        """Records that a worker lives, making it if it is new. Called by runners that do not name their attempts; others use
-        SendHeartbeat or WorkerSession.
+        """Records that a worker lives, and its open attempts with it; makes the worker if it is new. Called by runners that do not name
+        their process; others use SendHeartbeat or WorkerSession.
         """
 
     @_abc_1.abstractmethod
@@ -424,9 +429,9 @@ class LightningStoreServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _store_service_pb2.SendHeartbeatRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_store_service_pb2.SendHeartbeatResponse, _abc.Awaitable[_store_service_pb2.SendHeartbeatResponse]]:
-        """Records that a worker process and the attempts that it names live, and fetches the commands waiting for it. Called by runners
-        that cannot hold a WorkerSession open. Attempts that are unknown, closed, or another process's are ignored, and cancelled in
-        the answer.
+        """Records that a worker process and the attempts that it names live. Called by runners, also by those that hold a WorkerSession
+        open just to listen. The answer cancels each named attempt that is closed or was superseded. NOT_FOUND: a named attempt does
+        not exist.
         """
 
     @_abc_1.abstractmethod
@@ -435,8 +440,8 @@ class LightningStoreServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _store_service_pb2.SendWorkerCommandRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_store_service_pb2.SendWorkerCommandResponse, _abc.Awaitable[_store_service_pb2.SendWorkerCommandResponse]]:
-        """Sends a command to one worker or to all. Called by algorithms.
-        NOT_FOUND: the named worker does not exist.
+        """Sends a command to one worker or to all that listen by WorkerSession. Called by algorithms. Cancellations need no help: a
+        cancelled rollout's worker is told at once, and again in the answer to its next heartbeat.
         """
 
     @_abc_1.abstractmethod
@@ -480,7 +485,7 @@ class LightningStoreServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _store_service_pb2.QueryAttemptsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_store_service_pb2.QueryAttemptsResponse], _abc.AsyncIterator[_store_service_pb2.QueryAttemptsResponse]]:
-        """Finds the attempts at a rollout. Called by algorithms and viewers. An unknown rollout has none."""
+        """Finds the attempts at a rollout. Called by algorithms and viewers. NOT_FOUND: the rollout does not exist."""
 
     @_abc_1.abstractmethod
     def QuerySpans(
@@ -488,8 +493,8 @@ class LightningStoreServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _store_service_pb2.QuerySpansRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_store_service_pb2.QuerySpansResponse], _abc.AsyncIterator[_store_service_pb2.QuerySpansResponse]]:
-        """Finds the spans of a rollout. Called by algorithms and viewers. An unknown rollout has none.
-        FAILED_PRECONDITION: the spans were dropped to save memory.
+        """Finds the spans of a rollout, attempt by attempt. Called by algorithms and viewers.
+        NOT_FOUND: the rollout or the attempt does not exist. FAILED_PRECONDITION: the spans were dropped to save memory.
         """
 
     @_abc_1.abstractmethod
@@ -498,7 +503,7 @@ class LightningStoreServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _store_service_pb2.QueryResourcesRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_store_service_pb2.QueryResourcesResponse], _abc.AsyncIterator[_store_service_pb2.QueryResourcesResponse]]:
-        """Finds versions of resources. Called by algorithms and viewers."""
+        """Finds versions of resources, every version of every bundle. Called by algorithms and viewers."""
 
     @_abc_1.abstractmethod
     def QueryWorkers(
@@ -538,9 +543,10 @@ class LightningStoreServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_store_service_pb2.WorkerSessionRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_store_service_pb2.WorkerSessionResponse], _abc.AsyncIterator[_store_service_pb2.WorkerSessionResponse]]:
-        """Carries heartbeats up and commands down. Called by runners for as long as they run. A stream that breaks, or is silent for
-        longer than the announced interval, is noticed by both sides; the client opens another, and commands sent meanwhile reach it
-        there. INVALID_ARGUMENT: the first message was not Hello, or a heartbeat is another worker's.
+        """Carries heartbeats up and commands down. Called by runners for as long as they run. Opening it is no sign of life yet,
+        heartbeats are; a runner may also send those by SendHeartbeat and only listen here. A stream that breaks is opened again; what
+        was cancelled meanwhile is in the answer to the next heartbeat. INVALID_ARGUMENT: the first message was not Hello, or a
+        heartbeat is another worker's. NOT_FOUND: a heartbeat names an attempt that does not exist.
         """
 
 def add_LightningStoreServiceServicer_to_server(servicer: LightningStoreServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

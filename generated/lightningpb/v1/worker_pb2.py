@@ -25,29 +25,29 @@ _sym_db = _symbol_database.Default()
 from lightningpb.v1 import rollout_pb2 as lightningpb_dot_v1_dot_rollout__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1blightningpb/v1/worker.proto\x12\x0elightningpb.v1\x1a\x1clightningpb/v1/rollout.proto\"\xcf\x04\n\x06Worker\x12\x1b\n\tworker_id\x18\x01 \x01(\tR\x08workerId\x12\x34\n\x06status\x18\x02 \x01(\x0e\x32\x1c.lightningpb.v1.WorkerStatusR\x06status\x12\x35\n\x14heartbeat_stats_json\x18\x03 \x01(\x0cH\x00R\x12heartbeatStatsJson\x88\x01\x01\x12\x33\n\x13last_heartbeat_time\x18\x04 \x01(\x01H\x01R\x11lastHeartbeatTime\x88\x01\x01\x12/\n\x11last_dequeue_time\x18\x05 \x01(\x01H\x02R\x0flastDequeueTime\x88\x01\x01\x12)\n\x0elast_busy_time\x18\x06 \x01(\x01H\x03R\x0clastBusyTime\x88\x01\x01\x12)\n\x0elast_idle_time\x18\x07 \x01(\x01H\x04R\x0clastIdleTime\x88\x01\x01\x12\x31\n\x12\x63urrent_rollout_id\x18\x08 \x01(\tH\x05R\x10\x63urrentRolloutId\x88\x01\x01\x12\x31\n\x12\x63urrent_attempt_id\x18\t \x01(\tH\x06R\x10\x63urrentAttemptId\x88\x01\x01\x42\x17\n\x15_heartbeat_stats_jsonB\x16\n\x14_last_heartbeat_timeB\x14\n\x12_last_dequeue_timeB\x11\n\x0f_last_busy_timeB\x11\n\x0f_last_idle_timeB\x15\n\x13_current_rollout_idB\x15\n\x13_current_attempt_id\"J\n\nAttemptRef\x12\x1d\n\nrollout_id\x18\x01 \x01(\tR\trolloutId\x12\x1d\n\nattempt_id\x18\x02 \x01(\tR\tattemptId\"\x9c\x02\n\x0fWorkerHeartbeat\x12\x1b\n\tworker_id\x18\x01 \x01(\tR\x08workerId\x12\x1f\n\x0binstance_id\x18\x02 \x01(\tR\ninstanceId\x12\x36\n\x08\x61ttempts\x18\x03 \x03(\x0b\x32\x1a.lightningpb.v1.AttemptRefR\x08\x61ttempts\x12\x35\n\x14heartbeat_stats_json\x18\x04 \x01(\x0cH\x00R\x12heartbeatStatsJson\x88\x01\x01\x12.\n\x10interval_seconds\x18\x05 \x01(\x01H\x01R\x0fintervalSeconds\x88\x01\x01\x42\x17\n\x15_heartbeat_stats_jsonB\x13\n\x11_interval_seconds\"\xff\x04\n\rWorkerCommand\x12T\n\x0e\x63\x61ncel_attempt\x18\x01 \x01(\x0b\x32+.lightningpb.v1.WorkerCommand.CancelAttemptH\x00R\rcancelAttempt\x12;\n\x05\x64rain\x18\x02 \x01(\x0b\x32#.lightningpb.v1.WorkerCommand.DrainH\x00R\x05\x64rain\x12\x38\n\x04stop\x18\x03 \x01(\x0b\x32\".lightningpb.v1.WorkerCommand.StopH\x00R\x04stop\x12]\n\x11resources_changed\x18\x04 \x01(\x0b\x32..lightningpb.v1.WorkerCommand.ResourcesChangedH\x00R\x10resourcesChanged\x1a\x84\x01\n\rCancelAttempt\x12\x1d\n\nrollout_id\x18\x01 \x01(\tR\trolloutId\x12\x1d\n\nattempt_id\x18\x02 \x01(\tR\tattemptId\x12\x35\n\x06status\x18\x03 \x01(\x0e\x32\x1d.lightningpb.v1.AttemptStatusR\x06status\x1a/\n\x05\x44rain\x12\x1b\n\x06reason\x18\x01 \x01(\tH\x00R\x06reason\x88\x01\x01\x42\t\n\x07_reason\x1a.\n\x04Stop\x12\x1b\n\x06reason\x18\x01 \x01(\tH\x00R\x06reason\x88\x01\x01\x42\t\n\x07_reason\x1aO\n\x10ResourcesChanged\x12!\n\x0cresources_id\x18\x01 \x01(\tR\x0bresourcesId\x12\x18\n\x07version\x18\x02 \x01(\rR\x07versionB\t\n\x07\x63ommand*x\n\x0cWorkerStatus\x12\x1d\n\x19WORKER_STATUS_UNSPECIFIED\x10\x00\x12\x19\n\x15WORKER_STATUS_UNKNOWN\x10\x01\x12\x16\n\x12WORKER_STATUS_IDLE\x10\x02\x12\x16\n\x12WORKER_STATUS_BUSY\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1blightningpb/v1/worker.proto\x12\x0elightningpb.v1\x1a\x1clightningpb/v1/rollout.proto\"\xcf\x04\n\x06Worker\x12\x1b\n\tworker_id\x18\x01 \x01(\tR\x08workerId\x12\x34\n\x06status\x18\x02 \x01(\x0e\x32\x1c.lightningpb.v1.WorkerStatusR\x06status\x12\x35\n\x14heartbeat_stats_json\x18\x03 \x01(\x0cH\x00R\x12heartbeatStatsJson\x88\x01\x01\x12\x33\n\x13last_heartbeat_time\x18\x04 \x01(\x01H\x01R\x11lastHeartbeatTime\x88\x01\x01\x12/\n\x11last_dequeue_time\x18\x05 \x01(\x01H\x02R\x0flastDequeueTime\x88\x01\x01\x12)\n\x0elast_busy_time\x18\x06 \x01(\x01H\x03R\x0clastBusyTime\x88\x01\x01\x12)\n\x0elast_idle_time\x18\x07 \x01(\x01H\x04R\x0clastIdleTime\x88\x01\x01\x12\x31\n\x12\x63urrent_rollout_id\x18\x08 \x01(\tH\x05R\x10\x63urrentRolloutId\x88\x01\x01\x12\x31\n\x12\x63urrent_attempt_id\x18\t \x01(\tH\x06R\x10\x63urrentAttemptId\x88\x01\x01\x42\x17\n\x15_heartbeat_stats_jsonB\x16\n\x14_last_heartbeat_timeB\x14\n\x12_last_dequeue_timeB\x11\n\x0f_last_busy_timeB\x11\n\x0f_last_idle_timeB\x15\n\x13_current_rollout_idB\x15\n\x13_current_attempt_id\"J\n\nAttemptRef\x12\x1d\n\nrollout_id\x18\x01 \x01(\tR\trolloutId\x12\x1d\n\nattempt_id\x18\x02 \x01(\tR\tattemptId\"\xa7\x02\n\x0fWorkerHeartbeat\x12\x1b\n\tworker_id\x18\x01 \x01(\tR\x08workerId\x12\x1f\n\x0binstance_id\x18\x02 \x01(\tR\ninstanceId\x12\x36\n\x08\x61ttempts\x18\x03 \x03(\x0b\x32\x1a.lightningpb.v1.AttemptRefR\x08\x61ttempts\x12\x35\n\x14heartbeat_stats_json\x18\x04 \x01(\x0cH\x00R\x12heartbeatStatsJson\x88\x01\x01\x12\x35\n\x14silent_after_seconds\x18\x05 \x01(\x01H\x01R\x12silentAfterSeconds\x88\x01\x01\x42\x17\n\x15_heartbeat_stats_jsonB\x17\n\x15_silent_after_seconds\"\xdf\x04\n\rWorkerCommand\x12T\n\x0e\x63\x61ncel_attempt\x18\x01 \x01(\x0b\x32+.lightningpb.v1.WorkerCommand.CancelAttemptH\x00R\rcancelAttempt\x12;\n\x05\x64rain\x18\x02 \x01(\x0b\x32#.lightningpb.v1.WorkerCommand.DrainH\x00R\x05\x64rain\x12\x38\n\x04stop\x18\x03 \x01(\x0b\x32\".lightningpb.v1.WorkerCommand.StopH\x00R\x04stop\x12]\n\x11resources_changed\x18\x04 \x01(\x0b\x32..lightningpb.v1.WorkerCommand.ResourcesChangedH\x00R\x10resourcesChanged\x1a\x84\x01\n\rCancelAttempt\x12\x1d\n\nrollout_id\x18\x01 \x01(\tR\trolloutId\x12\x1d\n\nattempt_id\x18\x02 \x01(\tR\tattemptId\x12\x35\n\x06status\x18\x03 \x01(\x0e\x32\x1d.lightningpb.v1.AttemptStatusR\x06status\x1a\x1f\n\x05\x44rain\x12\x16\n\x06reason\x18\x01 \x01(\tR\x06reason\x1a\x1e\n\x04Stop\x12\x16\n\x06reason\x18\x01 \x01(\tR\x06reason\x1aO\n\x10ResourcesChanged\x12!\n\x0cresources_id\x18\x01 \x01(\tR\x0bresourcesId\x12\x18\n\x07version\x18\x02 \x01(\rR\x07versionB\t\n\x07\x63ommand*x\n\x0cWorkerStatus\x12\x1d\n\x19WORKER_STATUS_UNSPECIFIED\x10\x00\x12\x19\n\x15WORKER_STATUS_UNKNOWN\x10\x01\x12\x16\n\x12WORKER_STATUS_IDLE\x10\x02\x12\x16\n\x12WORKER_STATUS_BUSY\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'lightningpb.v1.worker_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_WORKERSTATUS']._serialized_start=1676
-  _globals['_WORKERSTATUS']._serialized_end=1796
+  _globals['_WORKERSTATUS']._serialized_start=1655
+  _globals['_WORKERSTATUS']._serialized_end=1775
   _globals['_WORKER']._serialized_start=78
   _globals['_WORKER']._serialized_end=669
   _globals['_ATTEMPTREF']._serialized_start=671
   _globals['_ATTEMPTREF']._serialized_end=745
   _globals['_WORKERHEARTBEAT']._serialized_start=748
-  _globals['_WORKERHEARTBEAT']._serialized_end=1032
-  _globals['_WORKERCOMMAND']._serialized_start=1035
-  _globals['_WORKERCOMMAND']._serialized_end=1674
-  _globals['_WORKERCOMMAND_CANCELATTEMPT']._serialized_start=1353
-  _globals['_WORKERCOMMAND_CANCELATTEMPT']._serialized_end=1485
-  _globals['_WORKERCOMMAND_DRAIN']._serialized_start=1487
-  _globals['_WORKERCOMMAND_DRAIN']._serialized_end=1534
-  _globals['_WORKERCOMMAND_STOP']._serialized_start=1536
-  _globals['_WORKERCOMMAND_STOP']._serialized_end=1582
-  _globals['_WORKERCOMMAND_RESOURCESCHANGED']._serialized_start=1584
-  _globals['_WORKERCOMMAND_RESOURCESCHANGED']._serialized_end=1663
+  _globals['_WORKERHEARTBEAT']._serialized_end=1043
+  _globals['_WORKERCOMMAND']._serialized_start=1046
+  _globals['_WORKERCOMMAND']._serialized_end=1653
+  _globals['_WORKERCOMMAND_CANCELATTEMPT']._serialized_start=1364
+  _globals['_WORKERCOMMAND_CANCELATTEMPT']._serialized_end=1496
+  _globals['_WORKERCOMMAND_DRAIN']._serialized_start=1498
+  _globals['_WORKERCOMMAND_DRAIN']._serialized_end=1529
+  _globals['_WORKERCOMMAND_STOP']._serialized_start=1531
+  _globals['_WORKERCOMMAND_STOP']._serialized_end=1561
+  _globals['_WORKERCOMMAND_RESOURCESCHANGED']._serialized_start=1563
+  _globals['_WORKERCOMMAND_RESOURCESCHANGED']._serialized_end=1642
 # @@protoc_insertion_point(module_scope)

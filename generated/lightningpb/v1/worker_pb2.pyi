@@ -165,15 +165,17 @@ class WorkerHeartbeat(_message.Message):
     INSTANCE_ID_FIELD_NUMBER: _builtins.int
     ATTEMPTS_FIELD_NUMBER: _builtins.int
     HEARTBEAT_STATS_JSON_FIELD_NUMBER: _builtins.int
-    INTERVAL_SECONDS_FIELD_NUMBER: _builtins.int
+    SILENT_AFTER_SECONDS_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     """The worker."""
     instance_id: _builtins.str
-    """The process: fresh at each start, so that a restarted worker does not keep its predecessor's attempts alive."""
+    """The process: a fresh random string at each start, so that a restarted worker does not keep its predecessor's attempts alive."""
     heartbeat_stats_json: _builtins.bytes
     """A snapshot of the host, a JSON object. Absent: keep the last one."""
-    interval_seconds: _builtins.float
-    """How long the worker may stay silent, jitter included, before it counts as gone. Absent: the server's default."""
+    silent_after_seconds: _builtins.float
+    """After how long a silence the worker's status reads UNKNOWN: its interval, its jitter and a second of grace. Absent: the server's
+    default.
+    """
     @_builtins.property
     def attempts(self) -> _containers.RepeatedCompositeFieldContainer[Global___AttemptRef]:
         """The open attempts that this process is working on."""
@@ -185,20 +187,20 @@ class WorkerHeartbeat(_message.Message):
         instance_id: _builtins.str = ...,
         attempts: _abc.Iterable[Global___AttemptRef] | None = ...,
         heartbeat_stats_json: _builtins.bytes | None = ...,
-        interval_seconds: _builtins.float | None = ...,
+        silent_after_seconds: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_heartbeat_stats_json", b"_heartbeat_stats_json", "_interval_seconds", b"_interval_seconds", "heartbeat_stats_json", b"heartbeat_stats_json", "interval_seconds", b"interval_seconds"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_heartbeat_stats_json", b"_heartbeat_stats_json", "_silent_after_seconds", b"_silent_after_seconds", "heartbeat_stats_json", b"heartbeat_stats_json", "silent_after_seconds", b"silent_after_seconds"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_heartbeat_stats_json", b"_heartbeat_stats_json", "_interval_seconds", b"_interval_seconds", "attempts", b"attempts", "heartbeat_stats_json", b"heartbeat_stats_json", "instance_id", b"instance_id", "interval_seconds", b"interval_seconds", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_heartbeat_stats_json", b"_heartbeat_stats_json", "_silent_after_seconds", b"_silent_after_seconds", "attempts", b"attempts", "heartbeat_stats_json", b"heartbeat_stats_json", "instance_id", b"instance_id", "silent_after_seconds", b"silent_after_seconds", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__heartbeat_stats_json: _TypeAlias = _typing.Literal["heartbeat_stats_json"]  # noqa: Y015
     _WhichOneofArgType__heartbeat_stats_json: _TypeAlias = _typing.Literal["_heartbeat_stats_json", b"_heartbeat_stats_json"]  # noqa: Y015
-    _WhichOneofReturnType__interval_seconds: _TypeAlias = _typing.Literal["interval_seconds"]  # noqa: Y015
-    _WhichOneofArgType__interval_seconds: _TypeAlias = _typing.Literal["_interval_seconds", b"_interval_seconds"]  # noqa: Y015
+    _WhichOneofReturnType__silent_after_seconds: _TypeAlias = _typing.Literal["silent_after_seconds"]  # noqa: Y015
+    _WhichOneofArgType__silent_after_seconds: _TypeAlias = _typing.Literal["_silent_after_seconds", b"_silent_after_seconds"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__heartbeat_stats_json) -> _WhichOneofReturnType__heartbeat_stats_json | None: ...
     @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__interval_seconds) -> _WhichOneofReturnType__interval_seconds | None: ...
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__silent_after_seconds) -> _WhichOneofReturnType__silent_after_seconds | None: ...
 
 Global___WorkerHeartbeat: _TypeAlias = WorkerHeartbeat  # noqa: Y015
 
@@ -210,7 +212,7 @@ class WorkerCommand(_message.Message):
 
     @_typing.final
     class CancelAttempt(_message.Message):
-        """Interrupt one attempt: the store has closed it."""
+        """Interrupt one attempt, and report nothing: the store has closed it."""
 
         DESCRIPTOR: _descriptor.Descriptor
 
@@ -222,7 +224,7 @@ class WorkerCommand(_message.Message):
         attempt_id: _builtins.str
         """The attempt to interrupt. A worker that does not hold it ignores the command."""
         status: _rollout_pb2.AttemptStatus.ValueType
-        """Why it is closed: CANCELLED, TIMEOUT, or whatever status it was given."""
+        """The status in which it was closed."""
         def __init__(
             self,
             *,
@@ -244,19 +246,17 @@ class WorkerCommand(_message.Message):
 
         REASON_FIELD_NUMBER: _builtins.int
         reason: _builtins.str
-        """For the log."""
+        """For the log; may be empty."""
         def __init__(
             self,
             *,
-            reason: _builtins.str | None = ...,
+            reason: _builtins.str = ...,
         ) -> None: ...
-        _HasFieldArgType: _TypeAlias = _typing.Literal["_reason", b"_reason", "reason", b"reason"]  # noqa: Y015
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["_reason", b"_reason", "reason", b"reason"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-        _WhichOneofReturnType__reason: _TypeAlias = _typing.Literal["reason"]  # noqa: Y015
-        _WhichOneofArgType__reason: _TypeAlias = _typing.Literal["_reason", b"_reason"]  # noqa: Y015
-        def WhichOneof(self, oneof_group: _WhichOneofArgType__reason) -> _WhichOneofReturnType__reason | None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
 
     @_typing.final
     class Stop(_message.Message):
@@ -266,19 +266,17 @@ class WorkerCommand(_message.Message):
 
         REASON_FIELD_NUMBER: _builtins.int
         reason: _builtins.str
-        """For the log."""
+        """For the log; may be empty."""
         def __init__(
             self,
             *,
-            reason: _builtins.str | None = ...,
+            reason: _builtins.str = ...,
         ) -> None: ...
-        _HasFieldArgType: _TypeAlias = _typing.Literal["_reason", b"_reason", "reason", b"reason"]  # noqa: Y015
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["_reason", b"_reason", "reason", b"reason"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-        _WhichOneofReturnType__reason: _TypeAlias = _typing.Literal["reason"]  # noqa: Y015
-        _WhichOneofArgType__reason: _TypeAlias = _typing.Literal["_reason", b"_reason"]  # noqa: Y015
-        def WhichOneof(self, oneof_group: _WhichOneofArgType__reason) -> _WhichOneofReturnType__reason | None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
 
     @_typing.final
     class ResourcesChanged(_message.Message):
