@@ -24,19 +24,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1elightningpb/v1/resources.proto\x12\x0elightningpb.v1\"N\n\x08Resource\x12#\n\rresource_type\x18\x01 \x01(\tR\x0cresourceType\x12\x1d\n\nvalue_json\x18\x02 \x01(\x0cR\tvalueJson\"\xb6\x02\n\x0fResourcesUpdate\x12!\n\x0cresources_id\x18\x01 \x01(\tR\x0bresourcesId\x12\x18\n\x07version\x18\x02 \x01(\rR\x07version\x12\x1f\n\x0b\x63reate_time\x18\x03 \x01(\x01R\ncreateTime\x12\x1f\n\x0bupdate_time\x18\x04 \x01(\x01R\nupdateTime\x12L\n\tresources\x18\x05 \x03(\x0b\x32..lightningpb.v1.ResourcesUpdate.ResourcesEntryR\tresources\x1aV\n\x0eResourcesEntry\x12\x10\n\x03key\x18\x01 \x01(\tR\x03key\x12.\n\x05value\x18\x02 \x01(\x0b\x32\x18.lightningpb.v1.ResourceR\x05value:\x02\x38\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1elightningpb/v1/resources.proto\x12\x0elightningpb.v1\"g\n\rNamedResource\x12\x12\n\x04name\x18\x01 \x01(\tR\x04name\x12#\n\rresource_type\x18\x02 \x01(\tR\x0cresourceType\x12\x1d\n\nvalue_json\x18\x03 \x01(\x0cR\tvalueJson\"\xcd\x01\n\x0fResourcesUpdate\x12!\n\x0cresources_id\x18\x01 \x01(\tR\x0bresourcesId\x12\x18\n\x07version\x18\x02 \x01(\rR\x07version\x12\x1f\n\x0b\x63reate_time\x18\x03 \x01(\x01R\ncreateTime\x12\x1f\n\x0bupdate_time\x18\x04 \x01(\x01R\nupdateTime\x12;\n\tresources\x18\x05 \x03(\x0b\x32\x1d.lightningpb.v1.NamedResourceR\tresourcesb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'lightningpb.v1.resources_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_RESOURCESUPDATE_RESOURCESENTRY']._loaded_options = None
-  _globals['_RESOURCESUPDATE_RESOURCESENTRY']._serialized_options = b'8\001'
-  _globals['_RESOURCE']._serialized_start=50
-  _globals['_RESOURCE']._serialized_end=128
-  _globals['_RESOURCESUPDATE']._serialized_start=131
-  _globals['_RESOURCESUPDATE']._serialized_end=441
-  _globals['_RESOURCESUPDATE_RESOURCESENTRY']._serialized_start=355
-  _globals['_RESOURCESUPDATE_RESOURCESENTRY']._serialized_end=441
+  _globals['_NAMEDRESOURCE']._serialized_start=50
+  _globals['_NAMEDRESOURCE']._serialized_end=153
+  _globals['_RESOURCESUPDATE']._serialized_start=156
+  _globals['_RESOURCESUPDATE']._serialized_end=361
 # @@protoc_insertion_point(module_scope)

@@ -19,13 +19,18 @@ else:
 DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
-class Resource(_message.Message):
-    """One resource. The set of types is open: the server stores every type, known or not, as it came."""
+class NamedResource(_message.Message):
+    """One resource under the name by which agents ask for it. The set of types is open: the server stores every type, known or not, as it
+    came.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    NAME_FIELD_NUMBER: _builtins.int
     RESOURCE_TYPE_FIELD_NUMBER: _builtins.int
     VALUE_JSON_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """The name. Names are not repeated within a list; the order of the list is kept."""
     resource_type: _builtins.str
     """Which type it is, such as "llm", "prompt_template", or a name of the user's own."""
     value_json: _builtins.bytes
@@ -33,43 +38,23 @@ class Resource(_message.Message):
     def __init__(
         self,
         *,
+        name: _builtins.str = ...,
         resource_type: _builtins.str = ...,
         value_json: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["resource_type", b"resource_type", "value_json", b"value_json"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "resource_type", b"resource_type", "value_json", b"value_json"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___Resource: _TypeAlias = Resource  # noqa: Y015
+Global___NamedResource: _TypeAlias = NamedResource  # noqa: Y015
 
 @_typing.final
 class ResourcesUpdate(_message.Message):
     """One version of a bundle of resources."""
 
     DESCRIPTOR: _descriptor.Descriptor
-
-    @_typing.final
-    class ResourcesEntry(_message.Message):
-        DESCRIPTOR: _descriptor.Descriptor
-
-        KEY_FIELD_NUMBER: _builtins.int
-        VALUE_FIELD_NUMBER: _builtins.int
-        key: _builtins.str
-        @_builtins.property
-        def value(self) -> Global___Resource: ...
-        def __init__(
-            self,
-            *,
-            key: _builtins.str = ...,
-            value: Global___Resource | None = ...,
-        ) -> None: ...
-        _HasFieldArgType: _TypeAlias = _typing.Literal["value", b"value"]  # noqa: Y015
-        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
-        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-        def WhichOneof(self, oneof_group: _Never) -> None: ...
 
     RESOURCES_ID_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
@@ -85,8 +70,8 @@ class ResourcesUpdate(_message.Message):
     update_time: _builtins.float
     """When this version was made."""
     @_builtins.property
-    def resources(self) -> _containers.MessageMap[_builtins.str, Global___Resource]:
-        """The resources by name."""
+    def resources(self) -> _containers.RepeatedCompositeFieldContainer[Global___NamedResource]:
+        """The resources, in the order given."""
 
     def __init__(
         self,
@@ -95,7 +80,7 @@ class ResourcesUpdate(_message.Message):
         version: _builtins.int = ...,
         create_time: _builtins.float = ...,
         update_time: _builtins.float = ...,
-        resources: _abc.Mapping[_builtins.str, Global___Resource] | None = ...,
+        resources: _abc.Iterable[Global___NamedResource] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...

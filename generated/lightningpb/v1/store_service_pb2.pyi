@@ -1042,40 +1042,19 @@ class AddResourcesRequest(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    @_typing.final
-    class ResourcesEntry(_message.Message):
-        DESCRIPTOR: _descriptor.Descriptor
-
-        KEY_FIELD_NUMBER: _builtins.int
-        VALUE_FIELD_NUMBER: _builtins.int
-        key: _builtins.str
-        @_builtins.property
-        def value(self) -> _resources_pb2.Resource: ...
-        def __init__(
-            self,
-            *,
-            key: _builtins.str = ...,
-            value: _resources_pb2.Resource | None = ...,
-        ) -> None: ...
-        _HasFieldArgType: _TypeAlias = _typing.Literal["value", b"value"]  # noqa: Y015
-        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
-        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-        def WhichOneof(self, oneof_group: _Never) -> None: ...
-
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     RESOURCES_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Makes a retry safe."""
     @_builtins.property
-    def resources(self) -> _containers.MessageMap[_builtins.str, _resources_pb2.Resource]:
-        """The resources by name."""
+    def resources(self) -> _containers.RepeatedCompositeFieldContainer[_resources_pb2.NamedResource]:
+        """The resources."""
 
     def __init__(
         self,
         *,
         request_id: _builtins.str = ...,
-        resources: _abc.Mapping[_builtins.str, _resources_pb2.Resource] | None = ...,
+        resources: _abc.Iterable[_resources_pb2.NamedResource] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
@@ -1115,27 +1094,6 @@ class UpdateResourcesRequest(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    @_typing.final
-    class ResourcesEntry(_message.Message):
-        DESCRIPTOR: _descriptor.Descriptor
-
-        KEY_FIELD_NUMBER: _builtins.int
-        VALUE_FIELD_NUMBER: _builtins.int
-        key: _builtins.str
-        @_builtins.property
-        def value(self) -> _resources_pb2.Resource: ...
-        def __init__(
-            self,
-            *,
-            key: _builtins.str = ...,
-            value: _resources_pb2.Resource | None = ...,
-        ) -> None: ...
-        _HasFieldArgType: _TypeAlias = _typing.Literal["value", b"value"]  # noqa: Y015
-        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
-        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-        def WhichOneof(self, oneof_group: _Never) -> None: ...
-
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     RESOURCES_ID_FIELD_NUMBER: _builtins.int
     RESOURCES_FIELD_NUMBER: _builtins.int
@@ -1144,15 +1102,15 @@ class UpdateResourcesRequest(_message.Message):
     resources_id: _builtins.str
     """The bundle to give a next version."""
     @_builtins.property
-    def resources(self) -> _containers.MessageMap[_builtins.str, _resources_pb2.Resource]:
-        """The resources by name; they replace the earlier version's."""
+    def resources(self) -> _containers.RepeatedCompositeFieldContainer[_resources_pb2.NamedResource]:
+        """The resources; they replace the earlier version's."""
 
     def __init__(
         self,
         *,
         request_id: _builtins.str = ...,
         resources_id: _builtins.str = ...,
-        resources: _abc.Mapping[_builtins.str, _resources_pb2.Resource] | None = ...,
+        resources: _abc.Iterable[_resources_pb2.NamedResource] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
