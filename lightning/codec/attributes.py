@@ -1,0 +1,164 @@
+"""Span attributes: Python values to typed messages and back, exactly.
+
+What OpenTelemetry knows is taken: text, bool, 64-bit integers, floats, bytes, null, and sequences and string-keyed maps
+of these. Sequences come back as lists, and everything else as the type it had.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from lightning.types import Attributes
+from lightning.types.payload import PathStep, path_text
+
+if TYPE_CHECKING:
+    from google.protobuf.internal.containers import RepeatedCompositeFieldContainer
+    from lightningpb.v1 import span_pb2
+
+MAX_ATTRIBUTE_DEPTH = 24
+"""Levels of sequences and maps: what still fits into the 100 levels of messages that protobuf parsers accept."""
+
+
+_SCALARS = frozenset({"string_value", "bool_value", "int_value", "double_value", "bytes_value"})
+
+
+class _Refused(Exception):
+    """A value that cannot be an attribute; collects the path to it on the way up."""
+
+    def __init__(self, kind: type[Exception], problem: str) -> None:
+        super().__init__(problem)
+        self.kind = kind
+        self.problem = problem
+        self.steps: list[PathStep] = []
+
+    def under(self, step: PathStep) -> _Refused:
+        self.steps.append(step)
+        return self
+
+    def to_error(self, name: str) -> Exception:
+        return self.kind(f"{path_text((name, *reversed(self.steps)))} {self.problem}")
+
+
+def write_attributes(
+    target: RepeatedCompositeFieldContainer[span_pb2.Attribute], attributes: Mapping[str, Any], name: str
+) -> None:
+    """Append `attributes` to a message's field.
+
+    Args:
+        target: The field.
+        attributes: Values by name.
+        name: What the user calls the attributes: the start of the path in error messages.
+
+    Raises:
+        TypeError: A value of a type that OpenTelemetry does not have.
+        ValueError: A key that is not a string, an integer that does not fit into 64 bits, a lone surrogate, or nesting
+            deeper than `MAX_ATTRIBUTE_DEPTH`.
+    """
+    try:
+        _write_map(target, attributes, 0)
+    except _Refused as refused:
+        raise refused.to_error(name) from None
+
+
+def read_attributes(source: RepeatedCompositeFieldContainer[span_pb2.Attribute]) -> Attributes:
+    """The attributes as a dict of their own; of two with one key, the later counts."""
+    attributes: Attributes = {}
+    for attribute in source:
+        value = attribute.value
+        member = value.WhichOneof("value")
+        # most are text; a direct look is what makes this loop fast
+        attributes[attribute.key] = (
+            value.string_value if member == "string_value" else _read_member(value, member)
+        )
+    return attributes
+
+
+def _write_map(
+    target: RepeatedCompositeFieldContainer[span_pb2.Attribute], values: Mapping[Any, Any], depth: int
+) -> None:
+    for key, value in values.items():
+        attribute = target.add()
+        try:
+            attribute.key = key
+        except TypeError:
+            raise _Refused(ValueError, f"has the key {key!r}; keys must be strings") from None
+        except UnicodeEncodeError:
+            raise _Refused(ValueError, f"has the key {key!r}, which holds a lone surrogate") from None
+        try:
+            _write_value(attribute.value, value, depth)
+        except _Refused as refused:
+            raise refused.under(key) from None
+
+
+def _write_value(target: span_pb2.AttributeValue, value: Any, depth: int) -> None:
+    kind = type(value)
+    if kind is str:
+        try:
+            target.string_value = value
+        except UnicodeEncodeError:
+            raise _Refused(ValueError, "holds a lone surrogate, which is not valid Unicode text") from None
+    elif kind is float:
+        target.double_value = value
+    elif kind is bool:
+        target.bool_value = value
+    elif kind is int:
+        try:
+            target.int_value = value
+        except ValueError:
+            raise _Refused(ValueError, f"is {value}, which does not fit into 64 bits") from None
+    elif kind is list or kind is tuple:
+        _write_sequence(target, value, depth + 1)
+    elif value is None:
+        target.SetInParent()
+    else:
+        _write_other(target, value, depth)
+
+
+def _write_sequence(target: span_pb2.AttributeValue, values: Any, depth: int) -> None:
+    _check_depth(depth)
+    target.array_value.SetInParent()
+    elements = target.array_value.values
+    for index, value in enumerate(values):
+        try:
+            _write_value(elements.add(), value, depth)
+        except _Refused as refused:
+            raise refused.under(index) from None
+
+
+def _write_other(target: span_pb2.AttributeValue, value: Any, depth: int) -> None:
+    """The rarer types, and subclasses of the common ones (an `IntEnum`, a `numpy.float64`)."""
+    if isinstance(value, (bytes, bytearray)):
+        target.bytes_value = bytes(value)
+    elif isinstance(value, Mapping):
+        _check_depth(depth + 1)
+        target.kvlist_value.SetInParent()
+        _write_map(target.kvlist_value.attributes, value, depth + 1)
+    elif isinstance(value, str):
+        _write_value(target, str.__str__(value), depth)
+    elif isinstance(value, int):
+        _write_value(target, int(value), depth)
+    elif isinstance(value, float):
+        _write_value(target, float(value), depth)
+    elif isinstance(value, (list, tuple)):
+        _write_sequence(target, value, depth + 1)
+    else:
+        raise _Refused(
+            TypeError, f"is a {type(value).__name__}, which is not a type of OpenTelemetry's attributes"
+        )
+
+
+def _check_depth(depth: int) -> None:
+    if depth > MAX_ATTRIBUTE_DEPTH:
+        raise _Refused(ValueError, f"is nested deeper than {MAX_ATTRIBUTE_DEPTH} levels")
+
+
+def _read_member(source: span_pb2.AttributeValue, member: str | None) -> Any:
+    if member in _SCALARS:
+        return getattr(source, member)
+    if member == "array_value":
+        values = source.array_value.values
+        return [_read_member(value, value.WhichOneof("value")) for value in values]
+    if member == "kvlist_value":
+        return read_attributes(source.kvlist_value.attributes)
+    return None  # no member is set: null

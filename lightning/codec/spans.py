@@ -1,0 +1,165 @@
+"""Spans to messages and back. The hot path: an LLM agent makes thousands of these."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightningpb.v1 import span_pb2
+
+from lightning.codec.attributes import read_attributes, write_attributes
+from lightning.codec.building import build, construct, decode_object, encode_object
+from lightning.codec.enums import SPAN_STATUS_CODE
+from lightning.types import Event, Link, OtelResource, Span, SpanContext, TraceStatus
+
+
+def span_to_proto(span: Span) -> span_pb2.Span:
+    """Encode a span.
+
+    Raises:
+        TypeError: An attribute of a type that OpenTelemetry does not have, or a further field of one that JSON does not
+            have; the message names the path, as `attributes["a"][3]`.
+        ValueError: A value of a type that fits but that cannot be stored, such as an integer of more than 64 bits.
+    """
+    message = build(
+        span_pb2.Span,
+        rollout_id=span.rollout_id,
+        attempt_id=span.attempt_id,
+        sequence_id=span.sequence_id,
+        trace_id=span.trace_id,
+        span_id=span.span_id,
+        parent_id=span.parent_id,
+        name=span.name,
+        start_time=span.start_time,
+        end_time=span.end_time,
+        extra_json=encode_object(span.model_extra or None, "span"),
+    )
+    _check_sequence_id(message.sequence_id)
+    message.status.code = SPAN_STATUS_CODE.to_number(span.status.status_code, "status.status_code")
+    if span.status.description is not None:
+        message.status.description = span.status.description
+    write_attributes(message.attributes, span.attributes, "attributes")
+    for index, event in enumerate(span.events):
+        _write_event(message.events.add(), event, f"events[{index}]")
+    for index, link in enumerate(span.links):
+        _write_link(message.links.add(), link, f"links[{index}]")
+    if span.context is not None:
+        _write_context(message.context, span.context)
+    if span.parent is not None:
+        _write_context(message.parent, span.parent)
+    write_attributes(message.resource.attributes, span.resource.attributes, "resource.attributes")
+    message.resource.schema_url = span.resource.schema_url
+    return message
+
+
+def span_from_proto(message: span_pb2.Span) -> Span:
+    """Decode a span.
+
+    Raises:
+        ValueError: A field holds what no span may have, such as a negative `sequence_id` or an unknown status code.
+    """
+    has = message.HasField
+    _check_sequence_id(message.sequence_id)
+    return construct(
+        Span,
+        {
+            "rollout_id": message.rollout_id,
+            "attempt_id": message.attempt_id,
+            "sequence_id": message.sequence_id,
+            "trace_id": message.trace_id,
+            "span_id": message.span_id,
+            "parent_id": message.parent_id if has("parent_id") else None,
+            "name": message.name,
+            "status": _read_status(message),
+            "attributes": read_attributes(message.attributes),
+            "events": [_read_event(event) for event in message.events],
+            "links": [_read_link(link) for link in message.links],
+            "start_time": message.start_time if has("start_time") else None,
+            "end_time": message.end_time if has("end_time") else None,
+            "context": _read_context(message.context) if has("context") else None,
+            "parent": _read_context(message.parent) if has("parent") else None,
+            "resource": construct(
+                OtelResource,
+                {
+                    "attributes": read_attributes(message.resource.attributes),
+                    "schema_url": message.resource.schema_url,
+                },
+            ),
+        },
+        extra=_read_extra(message.extra_json) if has("extra_json") else {},
+    )
+
+
+def _check_sequence_id(sequence_id: int) -> None:
+    if sequence_id < 0:
+        raise ValueError(f"Span.sequence_id is negative: {sequence_id}")
+
+
+def _read_extra(data: bytes) -> dict[str, Any]:
+    extra = decode_object(data, "Span.extra_json")
+    taken = extra.keys() & Span.model_fields.keys()
+    if taken:
+        raise ValueError(f"Span.extra_json holds {', '.join(sorted(taken))}, which the span has fields for")
+    return extra
+
+
+def _read_status(message: span_pb2.Span) -> TraceStatus:
+    if not message.HasField("status"):
+        return TraceStatus()
+    status = message.status
+    return construct(
+        TraceStatus,
+        {
+            "status_code": SPAN_STATUS_CODE.to_word(status.code, "Span.status.code"),
+            "description": status.description if status.HasField("description") else None,
+        },
+    )
+
+
+def _write_event(target: span_pb2.SpanEvent, event: Event, path: str) -> None:
+    target.name = event.name
+    if event.timestamp is not None:
+        target.timestamp = event.timestamp
+    write_attributes(target.attributes, event.attributes, f"{path}.attributes")
+
+
+def _read_event(source: span_pb2.SpanEvent) -> Event:
+    return construct(
+        Event,
+        {
+            "name": source.name,
+            "attributes": read_attributes(source.attributes),
+            "timestamp": source.timestamp if source.HasField("timestamp") else None,
+        },
+    )
+
+
+def _write_link(target: span_pb2.SpanLink, link: Link, path: str) -> None:
+    _write_context(target.context, link.context)
+    if link.attributes is not None:
+        target.attributes.SetInParent()
+        write_attributes(target.attributes.attributes, link.attributes, f"{path}.attributes")
+
+
+def _read_link(source: span_pb2.SpanLink) -> Link:
+    attributes = read_attributes(source.attributes.attributes) if source.HasField("attributes") else None
+    return construct(Link, {"context": _read_context(source.context), "attributes": attributes})
+
+
+def _write_context(target: span_pb2.SpanContext, context: SpanContext) -> None:
+    target.trace_id = context.trace_id
+    target.span_id = context.span_id
+    target.is_remote = context.is_remote
+    for key, value in context.trace_state.items():
+        target.trace_state.add(key=key, value=value)
+
+
+def _read_context(source: span_pb2.SpanContext) -> SpanContext:
+    return construct(
+        SpanContext,
+        {
+            "trace_id": source.trace_id,
+            "span_id": source.span_id,
+            "is_remote": source.is_remote,
+            "trace_state": {entry.key: entry.value for entry in source.trace_state},
+        },
+    )
