@@ -1,0 +1,8 @@
+"""The LightningStore: its contract, its engine and its backends."""
+from __future__ import annotations
+
+from lightning.store.backends import InMemoryLightningStore
+from lightning.store.contract import LightningStore
+from lightning.store.threaded import LightningStoreThreaded
+
+__all__ = ["InMemoryLightningStore", "LightningStore", "LightningStoreThreaded"]

@@ -1,0 +1,69 @@
+"""The stores people construct: the engine over each backend."""
+
+from __future__ import annotations
+
+from typing import Union
+
+import psutil
+
+from lightning.store.clock import Clock
+from lightning.store.engine import StoreEngine
+from lightning.store.persistence.memory import MemoryPersistence
+
+_DEFAULT_EVICTION_FRACTION = 0.7
+_DEFAULT_SAFE_FRACTION = 0.8
+
+MemoryAmount = Union[int, float]
+"""Bytes (an int, or a float above 1), or a fraction (a float of at most 1)."""
+
+
+class InMemoryLightningStore(StoreEngine):
+    """A store in the memory of this process: for tests, notebooks, and speed.
+
+    Args:
+        thread_safe: Accepted for the peer's sake; this store always is.
+        eviction_memory_threshold: Span memory above which spans of finished rollouts are dropped, oldest first: bytes,
+            or a fraction of the machine's memory. Default: 0.7 of it.
+        safe_memory_threshold: How far down an eviction goes: bytes, or a fraction of the eviction threshold.
+            Default: 0.8 of it.
+        validate_resources: See `StoreEngine`.
+        clock: See `StoreEngine`.
+
+    Raises:
+        ValueError: A threshold is not positive, or the safe one is above the other.
+    """
+
+    def __init__(
+        self,
+        *,
+        thread_safe: bool = True,
+        eviction_memory_threshold: MemoryAmount | None = None,
+        safe_memory_threshold: MemoryAmount | None = None,
+        validate_resources: bool = True,
+        clock: Clock | None = None,
+    ) -> None:
+        capacity = psutil.virtual_memory().total
+        eviction = _bytes(
+            _DEFAULT_EVICTION_FRACTION if eviction_memory_threshold is None else eviction_memory_threshold,
+            capacity,
+            "eviction_memory_threshold",
+        )
+        safe = _bytes(
+            _DEFAULT_SAFE_FRACTION if safe_memory_threshold is None else safe_memory_threshold,
+            eviction,
+            "safe_memory_threshold",
+        )
+        if safe > eviction:
+            raise ValueError(
+                f"safe_memory_threshold ({safe} bytes) is above the eviction threshold ({eviction} bytes)"
+            )
+        persistence = MemoryPersistence(
+            eviction_threshold_bytes=eviction, safe_threshold_bytes=safe, capacity_bytes=capacity
+        )
+        super().__init__(persistence, clock=clock, validate_resources=validate_resources)
+
+
+def _bytes(amount: MemoryAmount, whole: int, name: str) -> int:
+    if isinstance(amount, bool) or not isinstance(amount, (int, float)) or not amount > 0:
+        raise ValueError(f"{name} must be a positive number of bytes or a fraction, not {amount!r}")
+    return int(amount * whole) if isinstance(amount, float) and amount <= 1.0 else int(amount)

@@ -1,0 +1,94 @@
+"""Stores that only pass calls on: one generic function instead of every verb written out again."""
+
+from __future__ import annotations
+
+import inspect
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from lightning.store.contract import LightningStore
+from lightning.types import LightningStoreCapabilities
+
+VERBS: tuple[str, ...] = tuple(
+    name
+    for name, member in vars(LightningStore).items()
+    if inspect.iscoroutinefunction(member) and not name.startswith("_") and name != "close"
+)
+"""Every coroutine of the contract but `close`, whose meaning is each wrapper's own."""
+
+
+if TYPE_CHECKING:
+
+    class _Forwarded(LightningStore):
+        """For type checkers: the verbs are there (`__init_subclass__` puts them in)."""
+
+        def __new__(cls, *args: Any, **kwargs: Any) -> Any: ...
+else:
+    _Forwarded = LightningStore
+
+
+def _forwarding(verb: str) -> Callable[..., Any]:
+    async def forward(self: ForwardingStore, *args: Any, **kwargs: Any) -> Any:
+        return await self._forward(verb, *args, **kwargs)
+
+    contract = getattr(LightningStore, verb)
+    forward.__name__ = verb
+    forward.__qualname__ = f"ForwardingStore.{verb}"
+    forward.__doc__ = contract.__doc__
+    forward.__signature__ = inspect.signature(contract)  # type: ignore[attr-defined]
+    return forward
+
+
+class ForwardingStore(_Forwarded):
+    """A store whose verbs all go through `_forward`, which a subclass defines."""
+
+    @abstractmethod
+    async def _forward(self, verb: str, *args: Any, **kwargs: Any) -> Any:
+        """Have somebody execute `verb` with these arguments."""
+
+    for _verb in VERBS:
+        locals()[_verb] = _forwarding(_verb)
+    del _verb
+
+
+class ForeignStore(ForwardingStore):
+    """Completes an object that has a store's methods but does not derive from `LightningStore`.
+
+    Verbs that the object lacks are served by the contract's defaults where there are any.
+
+    Args:
+        store: Any object with the contract's methods.
+
+    Raises:
+        TypeError: A method without which it is no store is missing.
+    """
+
+    def __init__(self, store: Any) -> None:
+        missing = [
+            verb for verb in VERBS if verb in LightningStore.__abstractmethods__ and not hasattr(store, verb)
+        ]
+        if missing:
+            raise TypeError(f"{type(store).__name__} is no LightningStore: it lacks {', '.join(missing)}")
+        self._store = store
+
+    @property
+    def capabilities(self) -> LightningStoreCapabilities:
+        given: LightningStoreCapabilities = getattr(self._store, "capabilities", {})
+        return {"thread_safe": False, "async_safe": True, "zero_copy": False, "otlp_traces": False, **given}
+
+    async def close(self) -> None:
+        close = getattr(self._store, "close", None)
+        if close is not None:
+            await close()
+
+    async def _forward(self, verb: str, *args: Any, **kwargs: Any) -> Any:
+        own = getattr(self._store, verb, None)
+        if own is None:
+            return await getattr(LightningStore, verb)(self, *args, **kwargs)
+        return await own(*args, **kwargs)
+
+
+def complete(store: Any) -> LightningStore:
+    """`store` itself if it derives from `LightningStore`, else a `ForeignStore` around it."""
+    return store if isinstance(store, LightningStore) else ForeignStore(store)

@@ -1,0 +1,365 @@
+"""The lifecycle of rollouts, attempts and workers: every status rule of the contract, as pure functions.
+
+Each function takes a record, what happened and the time, and returns the next record (the same one if nothing
+changes) or raises `ValueError`. There is no I/O, no clock and nothing asynchronous here; `effects` reads off what
+others must be told from the difference between two records.
+
+```
+attempt   preparing ──first span──▶ running ──▶ succeeded | failed   the runner says so
+              │                        │
+              └────────────────────────┴──────▶ timeout | unresponsive | cancelled
+                                                unresponsive ──span──▶ running, while no newer attempt exists
+
+rollout   queuing ──claim──▶ preparing ──▶ running ──▶ succeeded | failed | cancelled
+                                 ▲            │
+                                 └─ requeuing ◀┘  the attempt's end is in retry_condition, attempts are left
+```
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from lightning.store.contract import TERMINAL_ATTEMPT_STATUSES, TERMINAL_ROLLOUT_STATUSES
+from lightning.store.records import AttemptRecord, Lease, RolloutRecord, SpanRecord, WorkerRecord
+from lightning.types import AttemptStatus, RolloutStatus, WorkerStatus
+
+QUEUED_STATUSES: frozenset[str] = frozenset({"queuing", "requeuing"})
+RETRYABLE_STATUSES: frozenset[str] = frozenset({"failed", "timeout", "unresponsive"})
+CLOSED_FOR_GOOD_STATUSES: frozenset[str] = TERMINAL_ATTEMPT_STATUSES - {"unresponsive"}
+
+DEFAULT_SILENT_AFTER_SECONDS = 11.5
+"""A worker's default heartbeat interval (10 s) + jitter (0.5 s) + 1 s."""
+
+
+# --- Reading a record ------------------------------------------------------------------------------------------
+
+
+def is_queued(record: RolloutRecord) -> bool:
+    """Whether the rollout waits in the queue."""
+    return record.status in QUEUED_STATUSES
+
+
+def is_finished(record: RolloutRecord) -> bool:
+    """Whether the rollout's status is terminal."""
+    return record.status in TERMINAL_ROLLOUT_STATUSES
+
+
+def is_open(attempt: AttemptRecord) -> bool:
+    """Whether somebody may be executing the attempt."""
+    return attempt.status not in TERMINAL_ATTEMPT_STATUSES
+
+
+def next_deadline(record: RolloutRecord) -> float | None:
+    """The time after which `expire` will change this record, in seconds since the epoch; None: never."""
+    deadlines = [
+        deadline
+        for attempt in record.attempts
+        if is_open(attempt)
+        for deadline, _ in _deadlines(record, attempt)
+    ]
+    return min(deadlines, default=None)
+
+
+def _deadlines(record: RolloutRecord, attempt: AttemptRecord) -> list[tuple[float, AttemptStatus]]:
+    deadlines: list[tuple[float, AttemptStatus]] = []
+    if record.config.timeout_seconds is not None:
+        deadlines.append((attempt.start_time + record.config.timeout_seconds, "timeout"))
+    if record.config.unresponsive_seconds is not None:
+        heard = attempt.start_time if attempt.last_heartbeat_time is None else attempt.last_heartbeat_time
+        deadlines.append((heard + record.config.unresponsive_seconds, "unresponsive"))
+    return deadlines
+
+
+# --- Attempts ---------------------------------------------------------------------------------------------------
+
+
+def begin_attempt(
+    record: RolloutRecord, attempt_id: str, worker_id: str | None, instance_id: str | None, now: float
+) -> RolloutRecord:
+    """A claim or a manual retry: the rollout leaves the queue with its next attempt."""
+    if record.status == "cancelled":
+        raise ValueError(f"rollout {record.rollout_id!r} is cancelled and cannot be attempted again")
+    attempt = AttemptRecord(
+        attempt_id=attempt_id,
+        sequence_id=len(record.attempts) + 1,
+        status="preparing",
+        start_time=now,
+        worker_id=worker_id,
+        instance_id=instance_id,
+    )
+    return replace(record, status="preparing", end_time=None, attempts=(*record.attempts, attempt))
+
+
+def receive_spans(
+    record: RolloutRecord, attempt_id: str, spans: Sequence[SpanRecord], now: float
+) -> tuple[RolloutRecord, list[int]]:
+    """Spans arrived, none of which the attempt has yet: number them and take them as a sign of life.
+
+    Returns:
+        The next record and the sequence id of each span.
+    """
+    attempt = _require_attempt(record, attempt_id)
+    last = attempt.last_span_sequence_id
+    sequence_ids = []
+    for span in spans:
+        sequence_id = span.sequence_id or last + 1
+        sequence_ids.append(sequence_id)
+        last = max(last, sequence_id)
+    heard = replace(attempt, last_span_sequence_id=last, last_heartbeat_time=now)
+    if attempt.status == "preparing" or (
+        attempt.status == "unresponsive" and attempt is record.latest_attempt
+    ):
+        heard = replace(heard, status="running", end_time=None)
+    return _with_attempt(record, attempt, heard, now), sequence_ids
+
+
+def allocate_span_sequence_ids(record: RolloutRecord, attempt_id: str, count: int) -> RolloutRecord:
+    """Set the next `count` sequence ids aside; they end at the attempt's new `last_span_sequence_id`."""
+    attempt = _require_attempt(record, attempt_id)
+    taken = replace(attempt, last_span_sequence_id=attempt.last_span_sequence_id + count)
+    return replace(record, attempts=_swap(record.attempts, attempt, taken))
+
+
+def update_attempt(
+    record: RolloutRecord, attempt_id: str, changes: dict[str, Any], now: float
+) -> RolloutRecord:
+    """A report on an attempt. `changes` holds the fields to replace, by name: status, worker_id,
+    last_heartbeat_time, metadata."""
+    attempt = _require_attempt(record, attempt_id)
+    changed = replace(attempt, **{name: value for name, value in changes.items() if name != "status"})
+    if "worker_id" in changes and changes["worker_id"] != attempt.worker_id:
+        changed = replace(changed, instance_id=None)  # it is another worker's now, in whatever process
+    status: AttemptStatus | None = changes.get("status")
+    if status == "cancelled":
+        raise ValueError(
+            "an attempt is cancelled by cancelling its rollout: update_rollout(status='cancelled')"
+        )
+    if status is not None and _may_become(record, attempt, status):
+        changed = _with_status(changed, status, now)
+    return _with_attempt(record, attempt, changed, now)
+
+
+def _may_become(record: RolloutRecord, attempt: AttemptRecord, status: AttemptStatus) -> bool:
+    """Whether a reported status still counts; one that comes too late changes nothing."""
+    if attempt.status in CLOSED_FOR_GOOD_STATUSES or status == attempt.status:
+        return False
+    if status in TERMINAL_ATTEMPT_STATUSES:
+        return True
+    if attempt.status == "unresponsive":
+        return attempt is record.latest_attempt
+    return status == "running"  # preparing → running; never back
+
+
+def refresh_attempt(record: RolloutRecord, attempt_id: str, now: float) -> RolloutRecord:
+    """The worker that executes the attempt was heard of."""
+    attempt = record.find_attempt(attempt_id)
+    if attempt is None or not is_open(attempt):
+        return record
+    return replace(
+        record, attempts=_swap(record.attempts, attempt, replace(attempt, last_heartbeat_time=now))
+    )
+
+
+def holds_attempt(
+    record: RolloutRecord | None, attempt_id: str, worker_id: str, instance_id: str | None
+) -> bool:
+    """Whether this worker process may go on executing the attempt.
+
+    An `unresponsive` one it may, as long as it is the latest: its next span revives it.
+    """
+    attempt = None if record is None else record.find_attempt(attempt_id)
+    if record is None or attempt is None or attempt.status in CLOSED_FOR_GOOD_STATUSES:
+        return False
+    if attempt.worker_id not in (None, worker_id) or attempt.instance_id not in (None, instance_id):
+        return False
+    return is_open(attempt) or attempt is record.latest_attempt
+
+
+def expire(record: RolloutRecord, now: float) -> RolloutRecord:
+    """Close the open attempts whose time is up. A deadline that has passed by exactly nothing has not passed."""
+    for attempt in record.attempts:
+        if not is_open(attempt):
+            continue
+        passed = [status for deadline, status in _deadlines(record, attempt) if now > deadline]
+        if passed:
+            record = _with_attempt(record, attempt, _with_status(attempt, passed[0], now), now)
+    return record
+
+
+# --- Rollouts ---------------------------------------------------------------------------------------------------
+
+
+def update_rollout(record: RolloutRecord, changes: dict[str, Any], now: float) -> RolloutRecord:
+    """A change by hand. `changes` holds the fields to replace, by name: input, mode, resources_id, status, config,
+    metadata (payloads encoded)."""
+    changed = replace(record, **{name: value for name, value in changes.items() if name != "status"})
+    status: RolloutStatus | None = changes.get("status")
+    if status is None or status == record.status:
+        return changed
+    if record.status == "cancelled":
+        raise ValueError(f"rollout {record.rollout_id!r} is cancelled and cannot become {status}")
+    if status in TERMINAL_ROLLOUT_STATUSES:
+        # Whoever executes it is no longer wanted, and no attempt may be left that the rollout would follow elsewhere.
+        attempts = tuple(
+            _with_status(attempt, _attempt_status_for(status), now)
+            if is_open(attempt) or (attempt is record.latest_attempt and attempt.status == "unresponsive")
+            else attempt
+            for attempt in record.attempts
+        )
+        end_time = now if record.end_time is None else record.end_time
+        return replace(changed, status=status, end_time=end_time, attempts=attempts)
+    if status in QUEUED_STATUSES and is_queued(record):
+        return replace(changed, status=status)
+    return replace(changed, status=status, end_time=None)
+
+
+def _attempt_status_for(status: RolloutStatus) -> AttemptStatus:
+    mapping: dict[str, AttemptStatus] = {
+        "succeeded": "succeeded",
+        "failed": "failed",
+        "cancelled": "cancelled",
+    }
+    return mapping[status]
+
+
+def _follow(record: RolloutRecord, attempt: AttemptRecord, now: float) -> RolloutRecord:
+    """The rollout's record after the status of its latest attempt became that of `attempt`."""
+    if record.status == "cancelled":
+        return record
+    status: RolloutStatus
+    if attempt.status in ("preparing", "running", "succeeded"):
+        status = attempt.status  # type: ignore[assignment]  # these three are statuses of both
+    elif attempt.status == "cancelled":
+        status = "cancelled"
+    elif attempt.status in record.config.retry_condition and attempt.sequence_id < record.config.max_attempts:
+        status = "requeuing"
+    else:
+        status = "failed"
+    return replace(record, status=status, end_time=now if status in TERMINAL_ROLLOUT_STATUSES else None)
+
+
+def _with_attempt(record: RolloutRecord, old: AttemptRecord, new: AttemptRecord, now: float) -> RolloutRecord:
+    if new == old:
+        return record
+    follows = old is record.latest_attempt and new.status != old.status
+    record = replace(record, attempts=_swap(record.attempts, old, new))
+    return _follow(record, new, now) if follows else record
+
+
+def _with_status(attempt: AttemptRecord, status: AttemptStatus, now: float) -> AttemptRecord:
+    return replace(attempt, status=status, end_time=now if status in TERMINAL_ATTEMPT_STATUSES else None)
+
+
+def _swap(
+    attempts: tuple[AttemptRecord, ...], old: AttemptRecord, new: AttemptRecord
+) -> tuple[AttemptRecord, ...]:
+    index = old.sequence_id - 1
+    return (*attempts[:index], new, *attempts[index + 1 :])
+
+
+def _require_attempt(record: RolloutRecord, attempt_id: str) -> AttemptRecord:
+    attempt = record.find_attempt(attempt_id)
+    if attempt is None:
+        if attempt_id == "latest":
+            raise ValueError(f"rollout {record.rollout_id!r} has no attempts yet")
+        raise ValueError(f"unknown attempt {attempt_id!r} of rollout {record.rollout_id!r}")
+    return attempt
+
+
+# --- Effects ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Hold:
+    """An attempt in the hands of a worker."""
+
+    worker_id: str
+    lease: Lease
+    status: AttemptStatus
+
+
+@dataclass(frozen=True)
+class Effects:
+    """What a change means to others."""
+
+    entered_queue: bool
+    finished: bool
+    acquired: tuple[Hold, ...]
+    """Attempts that a worker holds since."""
+    released: tuple[Hold, ...]
+    """Attempts that a worker held until now, with the status they have now."""
+
+
+def effects(before: RolloutRecord | None, after: RolloutRecord) -> Effects:
+    """What follows from a rollout's change; `before` is None for a new one."""
+    if before is not None and before.attempts is after.attempts:
+        held_before: dict[tuple[str, str], Hold] = {}
+        held_after = held_before
+    else:
+        held_before = _holds(before)
+        held_after = _holds(after)
+    status_now = {attempt.attempt_id: attempt.status for attempt in after.attempts} if held_before else {}
+    return Effects(
+        entered_queue=is_queued(after) and not (before is not None and is_queued(before)),
+        finished=is_finished(after) and not (before is not None and is_finished(before)),
+        acquired=tuple(hold for key, hold in held_after.items() if key not in held_before),
+        released=tuple(
+            replace(hold, status=status_now[hold.lease.attempt_id])
+            for key, hold in held_before.items()
+            if key not in held_after
+        ),
+    )
+
+
+def _holds(record: RolloutRecord | None) -> dict[tuple[str, str], Hold]:
+    if record is None:
+        return {}
+    return {
+        (attempt.attempt_id, attempt.worker_id): Hold(
+            attempt.worker_id,
+            Lease(record.rollout_id, attempt.attempt_id, attempt.instance_id),
+            attempt.status,
+        )
+        for attempt in record.attempts
+        if attempt.worker_id is not None and is_open(attempt)
+    }
+
+
+# --- Workers ----------------------------------------------------------------------------------------------------
+
+
+def acquire(worker: WorkerRecord, lease: Lease, now: float) -> WorkerRecord:
+    """The worker began to execute an attempt."""
+    return replace(worker, leases=(*worker.leases, lease), last_busy_time=now)
+
+
+def release(worker: WorkerRecord, hold: Hold, now: float) -> WorkerRecord:
+    """An attempt the worker held is closed, or another's. One that went silent left the worker not idle but gone."""
+    leases = tuple(held for held in worker.leases if held.attempt_id != hold.lease.attempt_id)
+    if len(leases) == len(worker.leases):
+        return worker
+    idle = not leases and hold.status != "unresponsive"
+    return replace(worker, leases=leases, last_idle_time=now if idle else worker.last_idle_time)
+
+
+def worker_status(worker: WorkerRecord, now: float) -> WorkerStatus:
+    """`busy` or `idle` by what it did last, `unknown` if it did nothing yet or has not been heard of for too long."""
+    heard = [
+        moment
+        for moment in (
+            worker.last_heartbeat_time,
+            worker.last_dequeue_time,
+            worker.last_busy_time,
+            worker.last_idle_time,
+        )
+        if moment is not None
+    ]
+    limit = worker.silent_after_seconds or DEFAULT_SILENT_AFTER_SECONDS
+    if not heard or now - max(heard) > limit:
+        return "unknown"
+    if worker.leases:
+        return "busy"
+    return "unknown" if worker.last_idle_time is None else "idle"

@@ -1,0 +1,1 @@
+"""Where records rest: one module per backend, all under the agreement in `abc.py`."""

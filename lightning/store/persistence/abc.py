@@ -1,0 +1,160 @@
+"""What a backend must be able to do: a few primitives, and no rule.
+
+A backend stores records and finds them again. What a record may become is decided by the pure functions of
+`lightning.store.lifecycle`, which the engine hands in; a backend calls such a transition with the current record and
+makes the result true, atomically. It may call it more than once (an optimistic backend does, after a conflict), and it
+must pass on what the transition raises, having changed nothing.
+
+Three facts about a record are derived, never decided, by a backend, so that its indexes agree with the record:
+`lifecycle.is_queued` (the queue holds exactly those, in the order in which they entered it), `lifecycle.next_deadline`
+and `lifecycle.is_finished`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from lightning.store.queries import RolloutQuery
+from lightning.store.records import ResourcesRecord, RolloutRecord, SpanReceipt, SpanRecord, WorkerRecord
+
+RolloutTransition = Callable[[RolloutRecord], RolloutRecord]
+WorkerTransition = Callable[[WorkerRecord], WorkerRecord]
+SpanTransition = Callable[[RolloutRecord, Sequence[SpanRecord]], tuple[RolloutRecord, list[int]]]
+"""From the record and the spans that are new to the attempt, to the next record and the spans' sequence ids."""
+
+
+@dataclass(frozen=True)
+class RolloutChange:
+    """One rollout, before and after."""
+
+    before: RolloutRecord
+    after: RolloutRecord
+
+
+@dataclass(frozen=True)
+class Totals:
+    """How much there is."""
+
+    rollouts_by_status: dict[str, int]
+    attempts: int
+    spans: int
+    resources: int
+    workers: int
+    span_bytes: int
+    evicted_spans: int = 0
+    limits: dict[str, int] = field(default_factory=dict)
+    """Sizes that this backend keeps to, in bytes, by the names that `LightningStoreStatistics` has for them."""
+
+
+class SpansEvictedError(RuntimeError):
+    """Spans that were asked for had been dropped to keep memory within its limit."""
+
+
+class Persistence(ABC):
+    """A backend. Every method is atomic and, once it has returned, as durable as the backend is."""
+
+    name: str
+    """For people: `memory`, `sqlite`, …"""
+    durable: bool
+    """Whether what was written survives the process."""
+
+    async def open(self) -> None:
+        """Make ready; called once, before anything else."""
+        return
+
+    async def close(self) -> None:
+        """Release files, threads and connections; called once, last."""
+        return
+
+    # --- rollouts ---
+
+    @abstractmethod
+    async def insert_rollouts(self, records: Sequence[RolloutRecord]) -> list[RolloutRecord]:
+        """Store new rollouts, all or none; the queued ones enter the queue in this order. Returns them with their
+        revisions."""
+
+    @abstractmethod
+    async def get_rollout(self, rollout_id: str) -> RolloutRecord | None:
+        """One rollout, or None."""
+
+    @abstractmethod
+    async def get_rollouts(self, rollout_ids: Sequence[str]) -> dict[str, RolloutRecord]:
+        """Those of these rollouts that exist, by id."""
+
+    @abstractmethod
+    async def change_rollout(self, rollout_id: str, transition: RolloutTransition) -> RolloutChange | None:
+        """Replace a rollout by what `transition` makes of it; None if there is none. A transition that returns the
+        record it was given changes nothing, its revision included."""
+
+    @abstractmethod
+    async def claim_rollouts(self, limit: int, transition: RolloutTransition) -> list[RolloutChange]:
+        """Take up to `limit` rollouts off the head of the queue, applying `transition` to each."""
+
+    @abstractmethod
+    async def find_rollouts(self, query: RolloutQuery) -> tuple[list[RolloutRecord], int]:
+        """The page of the query, and how many match in all. Without a sort field: in order of creation."""
+
+    @abstractmethod
+    async def due_rollouts(self, now: float, limit: int) -> list[str]:
+        """Up to `limit` rollouts whose deadline is before `now`, the earliest first."""
+
+    @abstractmethod
+    async def first_deadline(self) -> float | None:
+        """A time before which no rollout is due; None if none ever will be as things stand."""
+
+    # --- spans ---
+
+    @abstractmethod
+    async def append_spans(
+        self, rollout_id: str, attempt_id: str, spans: Sequence[SpanRecord], transition: SpanTransition
+    ) -> tuple[RolloutChange, list[SpanReceipt]] | None:
+        """Store those of the attempt's spans whose span id it does not have yet, and change the rollout with them.
+        Returns a receipt per span, in order; None if the rollout does not exist."""
+
+    @abstractmethod
+    async def find_spans(self, rollout_id: str, attempt_ids: Sequence[str]) -> list[SpanRecord]:
+        """All spans of these attempts, attempt by attempt, each in order of sequence id, then of arrival.
+
+        Raises:
+            SpansEvictedError: They are no longer all there.
+        """
+
+    # --- resources ---
+
+    @abstractmethod
+    async def insert_resources(self, record: ResourcesRecord) -> bool:
+        """Store a version of resources and make it the latest; False if that version of that id exists already."""
+
+    @abstractmethod
+    async def get_resources(self, resources_id: str, version: int | None) -> ResourcesRecord | None:
+        """One version, None the newest of this id."""
+
+    @abstractmethod
+    async def get_latest_resources(self) -> ResourcesRecord | None:
+        """The version that was stored last, of whatever id."""
+
+    @abstractmethod
+    async def find_resources(self) -> list[ResourcesRecord]:
+        """All versions of all ids, in the order in which they were stored."""
+
+    # --- workers ---
+
+    @abstractmethod
+    async def change_worker(self, worker_id: str, transition: WorkerTransition) -> WorkerRecord:
+        """Replace a worker by what `transition` makes of it; of an empty record if there is none."""
+
+    @abstractmethod
+    async def get_worker(self, worker_id: str) -> WorkerRecord | None:
+        """One worker, or None."""
+
+    @abstractmethod
+    async def find_workers(self) -> list[WorkerRecord]:
+        """All workers, in order of creation."""
+
+    # --- about itself ---
+
+    @abstractmethod
+    async def totals(self) -> Totals:
+        """How much there is, without counting through it."""

@@ -1,0 +1,371 @@
+"""Records in the memory of this process: the fastest backend, gone with the process.
+
+Everything is reached through dictionaries and ordered indexes, so that a call costs the same with a million rollouts
+stored as with a thousand. One lock, held for the moment of each primitive, makes it safe for many threads.
+"""
+
+from __future__ import annotations
+
+import heapq
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from itertools import count, islice
+
+from sortedcontainers import SortedDict
+
+from lightning.store import lifecycle
+from lightning.store.persistence.abc import (
+    Persistence,
+    RolloutChange,
+    RolloutTransition,
+    SpansEvictedError,
+    SpanTransition,
+    Totals,
+    WorkerTransition,
+)
+from lightning.store.queries import RolloutQuery
+from lightning.store.records import ResourcesRecord, RolloutRecord, SpanReceipt, SpanRecord, WorkerRecord
+
+_SPAN_OVERHEAD_BYTES = 300
+"""What a span occupies beyond its payload: the record, its ids and its place in the index, as measured on CPython."""
+
+
+class _Entry:
+    """A rollout and what the indexes need to know of it."""
+
+    __slots__ = ("ordinal", "record", "scheduled", "spans")
+
+    def __init__(self, record: RolloutRecord, ordinal: int) -> None:
+        self.record = record
+        self.ordinal = ordinal
+        self.scheduled: float | None = None
+        """The deadline under which it stands in the heap; its real one is never earlier."""
+        self.spans: _Spans | None = None
+
+
+class _Spans:
+    """The spans of a rollout, by attempt and span id."""
+
+    __slots__ = ("by_attempt", "evicted_bytes", "evicted_count", "size_bytes")
+
+    def __init__(self) -> None:
+        self.by_attempt: dict[str, dict[str, SpanRecord]] = {}
+        self.size_bytes = 0
+        self.evicted_count = 0
+        self.evicted_bytes = 0
+
+    def __len__(self) -> int:
+        return sum(map(len, self.by_attempt.values()))
+
+
+class MemoryPersistence(Persistence):
+    """Keeps records in dictionaries.
+
+    Args:
+        eviction_threshold_bytes: Above this much span memory, spans of finished rollouts are dropped, those that
+            finished first going first.
+        safe_threshold_bytes: How far down an eviction goes.
+        capacity_bytes: The memory of which the thresholds are parts, for `totals`.
+    """
+
+    name = "memory"
+    durable = False
+
+    def __init__(
+        self, *, eviction_threshold_bytes: int, safe_threshold_bytes: int, capacity_bytes: int
+    ) -> None:
+        self._limits = {
+            "eviction_threshold_bytes": eviction_threshold_bytes,
+            "safe_threshold_bytes": safe_threshold_bytes,
+            "memory_capacity_bytes": capacity_bytes,
+        }
+        self._eviction_threshold_bytes = eviction_threshold_bytes
+        self._safe_threshold_bytes = safe_threshold_bytes
+        self._lock = threading.RLock()
+        self._revision = 0
+        self._rollouts: dict[str, _Entry] = {}
+        self._by_status: dict[str, SortedDict[int, _Entry]] = {}
+        self._queue: OrderedDict[str, _Entry] = OrderedDict()
+        self._deadlines: list[tuple[float, int, _Entry]] = []
+        self._tie_breaker = count()
+        self._evictable: OrderedDict[str, _Entry] = OrderedDict()
+        """Finished rollouts with spans, in the order in which they finished."""
+        self._attempt_count = 0
+        self._span_count = 0
+        self._span_bytes = 0
+        self._evicted_count = 0
+        self._resources: dict[str, list[ResourcesRecord]] = {}
+        self._resources_log: list[ResourcesRecord] = []
+        self._workers: dict[str, WorkerRecord] = {}
+
+    # --- rollouts ---
+
+    async def insert_rollouts(self, records: Sequence[RolloutRecord]) -> list[RolloutRecord]:
+        with self._lock:
+            for record in records:
+                if record.rollout_id in self._rollouts:
+                    raise ValueError(f"rollout {record.rollout_id!r} exists already")
+            return [self._insert(record) for record in records]
+
+    def _insert(self, record: RolloutRecord) -> RolloutRecord:
+        self._revision += 1
+        record = replace(record, revision=self._revision)
+        entry = _Entry(record, len(self._rollouts))
+        self._rollouts[record.rollout_id] = entry
+        self._index(entry, None)
+        return record
+
+    async def get_rollout(self, rollout_id: str) -> RolloutRecord | None:
+        with self._lock:
+            entry = self._rollouts.get(rollout_id)
+            return None if entry is None else entry.record
+
+    async def get_rollouts(self, rollout_ids: Sequence[str]) -> dict[str, RolloutRecord]:
+        with self._lock:
+            entries = ((rollout_id, self._rollouts.get(rollout_id)) for rollout_id in rollout_ids)
+            return {rollout_id: entry.record for rollout_id, entry in entries if entry is not None}
+
+    async def change_rollout(self, rollout_id: str, transition: RolloutTransition) -> RolloutChange | None:
+        with self._lock:
+            entry = self._rollouts.get(rollout_id)
+            return None if entry is None else self._replace(entry, transition(entry.record))
+
+    async def claim_rollouts(self, limit: int, transition: RolloutTransition) -> list[RolloutChange]:
+        with self._lock:
+            heads = list(islice(self._queue.values(), limit))
+            return [self._replace(entry, transition(entry.record)) for entry in heads]
+
+    async def find_rollouts(self, query: RolloutQuery) -> tuple[list[RolloutRecord], int]:
+        page = query.page
+        with self._lock:
+            by_status_only = query.rollout_id_in is None and query.rollout_id_contains is None
+            if page.sort_by is None and by_status_only:
+                return self._page_by_status(query)
+            matches = (entry for entry in self._candidates(query) if query.match(entry.record))
+            if page.sort_by is None:
+                entries = sorted(matches, key=lambda entry: entry.ordinal, reverse=page.descending)
+                records = [entry.record for entry in entries]
+            else:
+                ordered = sorted(matches, key=lambda entry: entry.ordinal)
+                records = page.order(entry.record for entry in ordered)
+            return page.cut(records), len(records)
+
+    def _page_by_status(self, query: RolloutQuery) -> tuple[list[RolloutRecord], int]:
+        """The common query, at a cost that depends on the page alone."""
+        page = query.page
+        entries: Iterable[_Entry]
+        if query.status_in is None:
+            total = len(self._rollouts)
+            entries = reversed(self._rollouts.values()) if page.descending else self._rollouts.values()
+        else:
+            indexes = [self._by_status[status] for status in query.status_in if self._by_status.get(status)]
+            total = sum(map(len, indexes))
+            ordinals = heapq.merge(
+                *((reversed(index) if page.descending else iter(index)) for index in indexes),
+                reverse=page.descending,
+            )
+            # every ordinal is in exactly one of the indexes
+            entries = (next(index[o] for index in indexes if o in index) for o in ordinals)
+        stop = None if page.limit < 0 else page.offset + page.limit
+        return [entry.record for entry in islice(entries, page.offset, stop)], total
+
+    def _candidates(self, query: RolloutQuery) -> Iterator[_Entry]:
+        """A superset of the matches, as small as the indexes allow."""
+        if query.rollout_id_in is not None and not query.any_suffices:
+            found = (self._rollouts.get(rollout_id) for rollout_id in dict.fromkeys(query.rollout_id_in))
+            return (entry for entry in found if entry is not None)
+        if query.status_in is not None and not query.any_suffices:
+            return (entry for status in query.status_in for entry in self._by_status.get(status, {}).values())
+        return iter(self._rollouts.values())
+
+    async def due_rollouts(self, now: float, limit: int) -> list[str]:
+        due: list[_Entry] = []
+        with self._lock:
+            while self._deadlines and self._deadlines[0][0] < now and len(due) < limit:
+                scheduled, _, entry = heapq.heappop(self._deadlines)
+                if entry.scheduled != scheduled:
+                    continue  # it was scheduled anew for an earlier time, and has been seen to since
+                entry.scheduled = None
+                deadline = lifecycle.next_deadline(entry.record)
+                if deadline is not None and deadline < now:
+                    due.append(entry)
+                else:
+                    self._schedule(entry, deadline)
+            for entry in due:  # still due until somebody has changed them
+                self._schedule(entry, lifecycle.next_deadline(entry.record))
+            return [entry.record.rollout_id for entry in due]
+
+    async def first_deadline(self) -> float | None:
+        with self._lock:
+            return self._deadlines[0][0] if self._deadlines else None
+
+    def _schedule(self, entry: _Entry, deadline: float | None) -> None:
+        """Heartbeats move deadlines back all the time; the heap learns of that only when the old one has come."""
+        if deadline is not None and (entry.scheduled is None or deadline < entry.scheduled):
+            entry.scheduled = deadline
+            heapq.heappush(self._deadlines, (deadline, next(self._tie_breaker), entry))
+
+    def _replace(self, entry: _Entry, after: RolloutRecord) -> RolloutChange:
+        before = entry.record
+        if after is not before:
+            self._revision += 1
+            entry.record = after = replace(after, revision=self._revision)
+            self._index(entry, before)
+        return RolloutChange(before, after)
+
+    def _index(self, entry: _Entry, before: RolloutRecord | None) -> None:
+        after = entry.record
+        if before is None or before.status != after.status:
+            if before is not None:
+                del self._by_status[before.status][entry.ordinal]
+            self._by_status.setdefault(after.status, SortedDict())[entry.ordinal] = entry
+            queued = lifecycle.is_queued(after)
+            if queued and after.rollout_id not in self._queue:
+                self._queue[after.rollout_id] = entry
+            elif not queued:
+                self._queue.pop(after.rollout_id, None)
+            self._note_evictable(entry)
+        self._attempt_count += len(after.attempts) - (len(before.attempts) if before else 0)
+        self._schedule(entry, lifecycle.next_deadline(after))
+
+    # --- spans ---
+
+    async def append_spans(
+        self, rollout_id: str, attempt_id: str, spans: Sequence[SpanRecord], transition: SpanTransition
+    ) -> tuple[RolloutChange, list[SpanReceipt]] | None:
+        with self._lock:
+            entry = self._rollouts.get(rollout_id)
+            if entry is None:
+                return None
+            known = {} if entry.spans is None else entry.spans.by_attempt.get(attempt_id, {})
+            fresh: dict[str, SpanRecord] = {}
+            for span in spans:
+                if span.span_id not in known and span.span_id not in fresh:
+                    fresh[span.span_id] = span
+            after, sequence_ids = transition(entry.record, list(fresh.values()))
+            for span, sequence_id in zip(list(fresh.values()), sequence_ids):
+                numbered = span if span.sequence_id == sequence_id else replace(span, sequence_id=sequence_id)
+                fresh[span.span_id] = numbered
+            self._keep(entry, attempt_id, fresh)
+            change = self._replace(entry, after)
+            receipts = []
+            for span in spans:
+                stored = fresh.pop(span.span_id, None)
+                receipts.append(SpanReceipt(stored.sequence_id if stored else 0, stored is not None))
+            self._evict()
+            return change, receipts
+
+    def _keep(self, entry: _Entry, attempt_id: str, spans: dict[str, SpanRecord]) -> None:
+        if not spans:
+            return
+        if entry.spans is None:
+            entry.spans = _Spans()
+        size = sum(len(span.payload) + _SPAN_OVERHEAD_BYTES for span in spans.values())
+        entry.spans.by_attempt.setdefault(attempt_id, {}).update(spans)
+        entry.spans.size_bytes += size
+        self._span_bytes += size
+        self._span_count += len(spans)
+        self._note_evictable(entry)
+
+    async def find_spans(self, rollout_id: str, attempt_ids: Sequence[str]) -> list[SpanRecord]:
+        with self._lock:
+            entry = self._rollouts.get(rollout_id)
+            spans = None if entry is None else entry.spans
+            if spans is None:
+                return []
+            if spans.evicted_count:
+                raise SpansEvictedError(
+                    f"{spans.evicted_count} spans ({spans.evicted_bytes} bytes) of rollout {rollout_id!r} were evicted to keep "
+                    f"span memory under {self._eviction_threshold_bytes} bytes; to keep more, raise "
+                    "eviction_memory_threshold, read spans soon after a rollout ends, or use a durable backend"
+                )
+            found: list[SpanRecord] = []
+            for attempt_id in attempt_ids:
+                of_attempt = spans.by_attempt.get(attempt_id, {})
+                found.extend(sorted(of_attempt.values(), key=lambda span: span.sequence_id))
+            return found
+
+    def _note_evictable(self, entry: _Entry) -> None:
+        rollout_id = entry.record.rollout_id
+        if entry.spans is not None and entry.spans.by_attempt and lifecycle.is_finished(entry.record):
+            self._evictable.setdefault(rollout_id, entry)
+        else:
+            self._evictable.pop(rollout_id, None)
+
+    def _evict(self) -> None:
+        if self._span_bytes <= self._eviction_threshold_bytes:
+            return
+        while self._evictable and self._span_bytes > self._safe_threshold_bytes:
+            _, entry = self._evictable.popitem(last=False)
+            spans = entry.spans
+            if spans is None:
+                continue
+            number = len(spans)
+            spans.evicted_count += number
+            spans.evicted_bytes += spans.size_bytes
+            self._evicted_count += number
+            self._span_count -= number
+            self._span_bytes -= spans.size_bytes
+            spans.by_attempt.clear()
+            spans.size_bytes = 0
+
+    # --- resources ---
+
+    async def insert_resources(self, record: ResourcesRecord) -> bool:
+        with self._lock:
+            versions = self._resources.setdefault(record.resources_id, [])
+            if record.version != len(versions) + 1:
+                return False
+            versions.append(record)
+            self._resources_log.append(record)
+            return True
+
+    async def get_resources(self, resources_id: str, version: int | None) -> ResourcesRecord | None:
+        with self._lock:
+            versions = self._resources.get(resources_id)
+            if not versions:
+                return None
+            if version is None:
+                return versions[-1]
+            return versions[version - 1] if 1 <= version <= len(versions) else None
+
+    async def get_latest_resources(self) -> ResourcesRecord | None:
+        with self._lock:
+            return self._resources_log[-1] if self._resources_log else None
+
+    async def find_resources(self) -> list[ResourcesRecord]:
+        with self._lock:
+            return list(self._resources_log)
+
+    # --- workers ---
+
+    async def change_worker(self, worker_id: str, transition: WorkerTransition) -> WorkerRecord:
+        with self._lock:
+            before = self._workers.get(worker_id) or WorkerRecord(worker_id)
+            self._workers[worker_id] = after = transition(before)
+            return after
+
+    async def get_worker(self, worker_id: str) -> WorkerRecord | None:
+        with self._lock:
+            return self._workers.get(worker_id)
+
+    async def find_workers(self) -> list[WorkerRecord]:
+        with self._lock:
+            return list(self._workers.values())
+
+    # --- about itself ---
+
+    async def totals(self) -> Totals:
+        with self._lock:
+            return Totals(
+                rollouts_by_status={status: len(index) for status, index in self._by_status.items() if index},
+                attempts=self._attempt_count,
+                spans=self._span_count,
+                resources=len(self._resources_log),
+                workers=len(self._workers),
+                span_bytes=self._span_bytes,
+                evicted_spans=self._evicted_count,
+                limits=dict(self._limits),
+            )

@@ -1,0 +1,190 @@
+"""Queries: checked once, here; and what they select, for whatever has to be filtered, sorted or cut in Python."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from lightning.store.contract import FilterLogic, SortOrder
+from lightning.store.records import RolloutRecord
+from lightning.types import PaginatedResult
+
+T = TypeVar("T")
+
+ROLLOUT_SORT_FIELDS = ("rollout_id", "start_time", "end_time", "mode", "resources_id", "status")
+ATTEMPT_SORT_FIELDS = (
+    "attempt_id",
+    "sequence_id",
+    "start_time",
+    "end_time",
+    "status",
+    "worker_id",
+    "last_heartbeat_time",
+)
+SPAN_SORT_FIELDS = (
+    "sequence_id",
+    "trace_id",
+    "span_id",
+    "parent_id",
+    "name",
+    "start_time",
+    "end_time",
+    "attempt_id",
+)
+RESOURCES_SORT_FIELDS = ("resources_id", "version", "create_time", "update_time")
+WORKER_SORT_FIELDS = (
+    "worker_id",
+    "status",
+    "last_heartbeat_time",
+    "last_dequeue_time",
+    "last_busy_time",
+    "last_idle_time",
+    "current_rollout_id",
+    "current_attempt_id",
+)
+
+
+@dataclass(frozen=True)
+class Page:
+    """How to order what a query finds, and which part of it to return."""
+
+    sort_by: str | None
+    descending: bool
+    limit: int
+    offset: int
+
+    @classmethod
+    def of(
+        cls, sort_by: str | None, sort_order: SortOrder, limit: int, offset: int, fields: Sequence[str]
+    ) -> Page:
+        """Check the parameters of a query.
+
+        Raises:
+            ValueError: A value that means nothing, with those that do.
+        """
+        if sort_by is not None and sort_by not in fields:
+            raise ValueError(f"cannot sort by {sort_by!r}; choose one of {', '.join(fields)}")
+        if sort_order not in ("asc", "desc"):
+            raise ValueError(f"sort_order must be 'asc' or 'desc', not {sort_order!r}")
+        if not _is_count(limit, least=-1):
+            raise ValueError(f"limit must be -1 (no limit) or a number of items, not {limit!r}")
+        if not _is_count(offset, least=0):
+            raise ValueError(f"offset must be a number of items to skip, not {offset!r}")
+        return cls(sort_by, sort_order == "desc", limit, offset)
+
+    def cut(self, items: Sequence[T]) -> list[T]:
+        """The part of the ordered `items` that is on this page."""
+        return list(items[self.offset :] if self.limit < 0 else items[self.offset : self.offset + self.limit])
+
+    def order(self, items: Iterable[T]) -> list[T]:
+        """`items` in the order of this page; equal ones stay in the order in which they come."""
+        ordered = list(items)
+        if self.sort_by is None:
+            if self.descending:
+                ordered.reverse()
+            return ordered
+        field = self.sort_by
+        ordered.sort(key=lambda item: sort_key(getattr(item, field)), reverse=self.descending)
+        return ordered
+
+    def result(self, items: Iterable[T]) -> PaginatedResult[T]:
+        """Order all matches and cut the page out of them."""
+        ordered = self.order(items)
+        return self.paginated(self.cut(ordered), len(ordered))
+
+    def paginated(self, items: list[T], total: int) -> PaginatedResult[T]:
+        """Wrap what is on the page already."""
+        return PaginatedResult.model_construct(items=items, limit=self.limit, offset=self.offset, total=total)
+
+
+def sort_key(value: Any) -> tuple[bool, Any]:
+    """Missing values sort first."""
+    return (value is not None, value)
+
+
+def _is_count(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+@dataclass(frozen=True)
+class Filters(Generic[T]):
+    """Conditions that must all hold, or one of them. Without any, everything matches."""
+
+    conditions: tuple[Callable[[T], bool], ...]
+    any_suffices: bool
+
+    @classmethod
+    def of(cls, conditions: Iterable[Callable[[T], bool]], filter_logic: FilterLogic) -> Filters[T]:
+        """Raises `ValueError` for an unknown `filter_logic`."""
+        if filter_logic not in ("and", "or"):
+            raise ValueError(f"filter_logic must be 'and' or 'or', not {filter_logic!r}")
+        return cls(tuple(conditions), filter_logic == "or")
+
+    def match(self, item: T) -> bool:
+        """Whether `item` is one of those asked for."""
+        if not self.conditions:
+            return True
+        results = (condition(item) for condition in self.conditions)
+        return any(results) if self.any_suffices else all(results)
+
+
+def field_conditions(exact: dict[str, Any], contains: dict[str, str | None]) -> list[Callable[[Any], bool]]:
+    """Conditions on fields by name: equal to a value, or containing a text. None is no condition."""
+    conditions: list[Callable[[Any], bool]] = []
+    for field, wanted in exact.items():
+        if wanted is not None:
+            conditions.append(lambda item, field=field, wanted=wanted: getattr(item, field) == wanted)
+    for field, part in contains.items():
+        if part is not None:
+            conditions.append(lambda item, field=field, part=part: part in (getattr(item, field) or ""))
+    return conditions
+
+
+def check_members(values: Sequence[Any] | None, allowed: Sequence[str], name: str) -> frozenset[Any] | None:
+    """The elements of a `…_in` filter. Raises `ValueError` naming an element that is none of `allowed`."""
+    if values is None:
+        return None
+    if isinstance(values, str):
+        raise ValueError(f"{name} must be a list, not the string {values!r}")
+    for value in values:
+        if value not in allowed:
+            raise ValueError(f"{name} has {value!r}; choose from {', '.join(allowed)}")
+    return frozenset(values)
+
+
+@dataclass(frozen=True)
+class RolloutQuery:
+    """Which rollouts; kept as data, for backends answer it from their indexes."""
+
+    status_in: frozenset[str] | None
+    rollout_id_in: tuple[str, ...] | None
+    rollout_id_contains: str | None
+    any_suffices: bool
+    page: Page
+
+    def match(self, record: RolloutRecord) -> bool:
+        """Whether a record is one of those asked for."""
+        results: list[bool] = []
+        if self.status_in is not None:
+            results.append(record.status in self.status_in)
+        if self.rollout_id_in is not None:
+            results.append(record.rollout_id in self.rollout_id_in)
+        if self.rollout_id_contains is not None:
+            results.append(self.rollout_id_contains in record.rollout_id)
+        return not results or (any(results) if self.any_suffices else all(results))
+
+
+def check_wait(timeout: float | None) -> float | None:
+    """A time to wait. Raises `ValueError` unless it is None or a number of seconds, 0 or more."""
+    if timeout is None:
+        return None
+    if (
+        isinstance(timeout, bool)
+        or not isinstance(timeout, (int, float))
+        or math.isnan(timeout)
+        or timeout < 0
+    ):
+        raise ValueError(f"timeout must be None or a number of seconds, 0 or more, not {timeout!r}")
+    return None if math.isinf(timeout) else float(timeout)

@@ -1,0 +1,119 @@
+"""Any store, safe to call from many threads and event loops: it lives on a loop of its own, in a thread of its own.
+
+A call from elsewhere is handed over to that loop and awaited from the caller's. So a store that knows nothing of
+threads, or that is bound to its loop as database drivers are, is used only as it expects; and a call that waits holds
+nothing up, for no lock is involved.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import threading
+import weakref
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+from lightning.store.contract import LightningStore
+from lightning.store.forwarding import ForwardingStore
+from lightning.types import LightningStoreCapabilities
+
+T = TypeVar("T")
+
+_STOP_TIMEOUT_SECONDS = 10.0
+
+
+class LoopThread:
+    """An event loop in a daemon thread.
+
+    Args:
+        name: Of the thread, for people who debug.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._main, name=name, daemon=True)
+        self._thread.start()
+        # a daemon thread inside C code at interpreter exit can crash the process: end it before
+        self._at_exit = weakref.finalize(self, _stop_loop, self._loop, self._thread)
+        self._at_exit.atexit = False
+        atexit.register(self._at_exit)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether `stop` was called."""
+        return self._loop.is_closed() or not self._thread.is_alive()
+
+    async def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Run `coroutine` on this loop, awaited from the caller's; cancelling the one cancels the other."""
+        if self._thread is threading.current_thread():
+            return await coroutine
+        if self.stopped:
+            coroutine.close()
+            raise RuntimeError("the store's event loop was stopped")
+        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(coroutine, self._loop))
+
+    def run_blocking(self, coroutine: Coroutine[Any, Any, T], timeout: float | None = None) -> T:
+        """As `run`, for callers that have no event loop. Raises `TimeoutError` after `timeout` seconds."""
+        if self.stopped:
+            coroutine.close()
+            raise RuntimeError("the store's event loop was stopped")
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(timeout)
+
+    def stop(self) -> None:
+        """Cancel what runs on the loop, end the thread and wait for it. Harmless when called twice."""
+        self._at_exit()
+        atexit.unregister(self._at_exit)
+
+    def _main(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        try:
+            self._loop.run_forever()
+        finally:
+            tasks = asyncio.all_tasks(self._loop)
+            for task in tasks:
+                task.cancel()
+            self._loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+            self._loop.run_until_complete(self._loop.shutdown_asyncgens())
+            self._loop.run_until_complete(self._loop.shutdown_default_executor())
+            self._loop.close()
+
+
+def _stop_loop(loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
+    if thread.is_alive():
+        loop.call_soon_threadsafe(loop.stop)
+        if thread is not threading.current_thread():
+            thread.join(_STOP_TIMEOUT_SECONDS)
+
+
+class LightningStoreThreaded(ForwardingStore):
+    """Makes `store` safe to use from any thread and event loop.
+
+    Args:
+        store: From now on to be used only through this object, which also closes it.
+    """
+
+    def __init__(self, store: LightningStore) -> None:
+        self._store = store
+        self._thread: LoopThread | None = None
+        self._thread_lock = threading.Lock()
+
+    @property
+    def capabilities(self) -> LightningStoreCapabilities:
+        return {**self._store.capabilities, "thread_safe": True, "async_safe": True}
+
+    async def close(self) -> None:
+        with self._thread_lock:
+            thread, self._thread = self._thread, None
+        if thread is not None and not thread.stopped:
+            await thread.run(self._store.close())
+            thread.stop()
+        elif thread is None:
+            await self._store.close()
+
+    async def _forward(self, verb: str, *args: Any, **kwargs: Any) -> Any:
+        with self._thread_lock:
+            if self._thread is None:
+                self._thread = LoopThread("lightning-store")
+            thread = self._thread
+        return await thread.run(getattr(self._store, verb)(*args, **kwargs))

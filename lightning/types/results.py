@@ -1,0 +1,72 @@
+"""What queries return: a page of items that also knows how many there are in all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Generic, TypeVar, overload
+
+from pydantic import BaseModel
+from typing_extensions import TypedDict
+
+T = TypeVar("T")
+
+
+class PaginatedResult(BaseModel, Sequence[T], Generic[T]):
+    """A page of results that reads like a list: iterate, index, `len()`."""
+
+    items: list[T]
+    limit: int
+    """The limit asked for; -1: none."""
+    offset: int
+    """How many matches were skipped before the first item."""
+    total: int
+    """How many items match in all, on this page or not."""
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    @overload
+    def __getitem__(self, index: int) -> T: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[T]: ...
+    def __getitem__(self, index: int | slice) -> T | Sequence[T]:
+        return self.items[index]
+
+    def __iter__(self) -> Iterator[T]:  # type: ignore[override]  # pydantic would iterate over fields
+        return iter(self.items)
+
+    def __contains__(self, item: Any) -> bool:
+        return item in self.items
+
+
+class LightningStoreCapabilities(TypedDict):
+    """What a store can do."""
+
+    thread_safe: bool
+    """May be called from several threads and event loops."""
+    async_safe: bool
+    """May be called by several coroutines at once."""
+    zero_copy: bool
+    """Several processes may hold the same store without a server between them."""
+    otlp_traces: bool
+    """Takes OpenTelemetry traces over OTLP."""
+
+
+class LightningStoreStatistics(TypedDict, total=False):
+    """Counts and sizes of a store. Optional keys are absent where a store does not know them."""
+
+    name: str
+    total_rollouts: int
+    total_attempts: int
+    total_spans: int
+    total_resources: int
+    """Versions of resources, over all ids."""
+    total_workers: int
+    rollouts_by_status: dict[str, int]
+    uptime: float
+    """Seconds since the store was opened."""
+    total_span_bytes: int
+    evicted_spans: int
+    eviction_threshold_bytes: int
+    safe_threshold_bytes: int
+    memory_capacity_bytes: int

@@ -1,0 +1,76 @@
+"""Records of the work itself: rollouts, their attempts, and the policy by which they are retried."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field
+
+RolloutStatus = Literal["queuing", "preparing", "running", "succeeded", "failed", "requeuing", "cancelled"]
+AttemptStatus = Literal["preparing", "running", "succeeded", "failed", "timeout", "unresponsive", "cancelled"]
+RolloutMode = Literal["train", "val", "test"]
+
+
+class RolloutConfig(BaseModel):
+    """When an attempt is given up, and whether the rollout is then tried again."""
+
+    timeout_seconds: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """Longest run of one attempt, from its start, before it is closed as `timeout`. None: no limit."""
+    unresponsive_seconds: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """Longest silence (no span, no heartbeat) before an attempt is closed as `unresponsive`. None: no limit."""
+    max_attempts: int = Field(default=1, ge=1)
+    """Attempts in all, the first one included."""
+    retry_condition: list[AttemptStatus] = Field(default_factory=list)
+    """Ends of an attempt after which the rollout is queued again: any of failed, timeout, unresponsive."""
+
+
+class Attempt(BaseModel):
+    """One execution of a rollout."""
+
+    rollout_id: str
+    attempt_id: str
+    sequence_id: int
+    """1 for the first attempt of the rollout, then 2, 3, …"""
+    start_time: float
+    """Seconds since the epoch."""
+    end_time: float | None = None
+    """Seconds since the epoch; None while the attempt is open."""
+    status: AttemptStatus = "preparing"
+    worker_id: str | None = None
+    """Who executes it, where that is known."""
+    last_heartbeat_time: float | None = None
+    """When a span or a heartbeat for it was last received, in seconds since the epoch."""
+    metadata: dict[str, Any] | None = None
+
+
+class Rollout(BaseModel):
+    """One task, from the moment it is handed out until it ends."""
+
+    rollout_id: str
+    input: Any
+    """What the agent is given: any JSON value."""
+    start_time: float
+    """When it was enqueued or started, in seconds since the epoch."""
+    end_time: float | None = None
+    mode: RolloutMode | None = None
+    resources_id: str | None = None
+    """The resources it runs against; None when there were none at the time."""
+    status: RolloutStatus = "queuing"
+    config: RolloutConfig = Field(default_factory=RolloutConfig)
+    metadata: dict[str, Any] | None = None
+
+
+class AttemptedRollout(Rollout):
+    """A rollout together with its latest attempt. Every read of a rollout that has attempts returns this form."""
+
+    attempt: Attempt
+
+
+class EnqueueRolloutRequest(BaseModel):
+    """One element of `LightningStore.enqueue_many_rollouts`; fields as in `LightningStore.enqueue_rollout`."""
+
+    input: Any
+    mode: RolloutMode | None = None
+    resources_id: str | None = None
+    config: RolloutConfig | None = None
+    metadata: dict[str, Any] | None = None
