@@ -18,7 +18,12 @@ from lightning.codec.enums import (
     WORKER_STATUS,
     EnumTable,
 )
-from lightning.codec.resources import resources_from_proto, resources_to_proto, update_from_proto, update_to_proto
+from lightning.codec.resources import (
+    resources_from_proto,
+    resources_to_proto,
+    update_from_proto,
+    update_to_proto,
+)
 from lightning.codec.results import (
     capabilities_from_proto,
     capabilities_to_proto,
@@ -42,7 +47,7 @@ from lightning.codec.rollouts import (
     spec_from_proto,
     spec_to_proto,
 )
-from lightning.codec.spans import span_from_proto, span_to_proto
+from lightning.codec.spans import decode_span, encode_span, span_from_proto, span_to_proto
 from lightning.codec.updates import (
     attempt_changes_from_proto,
     attempt_changes_to_proto,
@@ -81,7 +86,9 @@ __all__ = [
     "config_from_proto",
     "config_to_proto",
     "decode_object",
+    "decode_span",
     "encode_object",
+    "encode_span",
     "heartbeat_from_proto",
     "heartbeat_to_proto",
     "mode_from_proto",

@@ -89,6 +89,18 @@ def span_from_proto(message: span_pb2.Span) -> Span:
     )
 
 
+def encode_span(span: Span) -> bytes:
+    """A span as bytes, to keep. Raises as `span_to_proto`."""
+    return span_to_proto(span).SerializeToString()
+
+
+def decode_span(data: bytes, sequence_id: int) -> Span:
+    """The span of `encode_span`, under the number that it was given when it was stored. Raises as `span_from_proto`."""
+    message = span_pb2.Span.FromString(data)
+    message.sequence_id = sequence_id
+    return span_from_proto(message)
+
+
 def _check_sequence_id(sequence_id: int) -> None:
     if sequence_id < 0:
         raise ValueError(f"Span.sequence_id is negative: {sequence_id}")
