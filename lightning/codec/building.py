@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from google.protobuf.message import Message
@@ -58,7 +57,7 @@ def construct(model: type[ModelT], fields: dict[str, Any], extra: dict[str, Any]
     return record
 
 
-def encode_object(value: Mapping[str, Any] | None, name: str) -> bytes | None:
+def encode_object(value: Any, name: str) -> bytes | None:
     """Encode a JSON object, or None for "none".
 
     Raises:
@@ -67,9 +66,10 @@ def encode_object(value: Mapping[str, Any] | None, name: str) -> bytes | None:
     """
     if value is None:
         return None
-    if not isinstance(value, Mapping):
-        raise TypeError(f"{name} must be a dict, not a {type(value).__name__}")
-    return encode_payload(dict(value), name)
+    data = encode_payload(value, name)
+    if not data.startswith(b"{"):
+        raise TypeError(f"{name} must be a JSON object (a dict), not {type(value).__name__}")
+    return data
 
 
 def decode_object(data: bytes, name: str) -> dict[str, Any]:

@@ -34,7 +34,7 @@ class EnumTable(Generic[WordT, NumberT]):
         try:
             number: NumberT = self._numbers[word]
         except (KeyError, TypeError):
-            raise ValueError(f"{field} is {word!r}, which is none of {', '.join(self._numbers)}") from None
+            raise ValueError(f"{field} must be one of {', '.join(self._numbers)}, not {word!r}") from None
         return number
 
     def to_word(self, number: NumberT, field: str) -> WordT:

@@ -22,7 +22,9 @@ from lightning.types import (
 
 
 def config_to_proto(config: RolloutConfig) -> rollout_pb2.RolloutConfig:
-    """Encode a rollout's config. Raises `TypeError` or `ValueError` for a field that cannot be encoded."""
+    """Encode a rollout's config. Raises `TypeError` if it is none, and as `build` for a bad field."""
+    if not isinstance(config, RolloutConfig):
+        raise TypeError(f"config must be a RolloutConfig, not {type(config).__name__}")
     return build(
         rollout_pb2.RolloutConfig,
         timeout_seconds=config.timeout_seconds,
@@ -155,28 +157,24 @@ def _rollout_fields(message: rollout_pb2.Rollout) -> dict[str, Any]:
     }
 
 
-def spec_to_proto(request: EnqueueRolloutRequest, name: str = "") -> rollout_pb2.RolloutSpec:
+def spec_to_proto(request: EnqueueRolloutRequest) -> rollout_pb2.RolloutSpec:
     """Encode what a new rollout is made of.
-
-    Args:
-        request: The new rollout.
-        name: What goes before `input` and `metadata` in error messages, such as `rollouts[3].`.
 
     Raises:
         TypeError, ValueError: A field cannot be encoded; the message names the path.
     """
     return build(
         rollout_pb2.RolloutSpec,
-        input_json=encode_payload(request.input, f"{name}input"),
+        input_json=encode_payload(request.input, "input"),
         mode=mode_to_proto(request.mode),
         resources_id=request.resources_id,
         config=None if request.config is None else config_to_proto(request.config),
-        metadata_json=encode_object(request.metadata, f"{name}metadata"),
+        metadata_json=encode_object(request.metadata, "metadata"),
     )
 
 
-def spec_from_proto(message: rollout_pb2.RolloutSpec, name: str = "") -> EnqueueRolloutRequest:
-    """Decode what a new rollout is made of; `name` as in `spec_to_proto`.
+def spec_from_proto(message: rollout_pb2.RolloutSpec) -> EnqueueRolloutRequest:
+    """Decode what a new rollout is made of.
 
     Raises:
         ValueError: A payload is not JSON, or a field is wrong.
@@ -185,10 +183,10 @@ def spec_from_proto(message: rollout_pb2.RolloutSpec, name: str = "") -> Enqueue
     return construct(
         EnqueueRolloutRequest,
         {
-            "input": decode_payload(message.input_json, f"{name}input"),
+            "input": decode_payload(message.input_json, "input"),
             "mode": mode_from_proto(message.mode),
             "resources_id": message.resources_id if message.HasField("resources_id") else None,
             "config": config_from_proto(message.config) if message.HasField("config") else None,
-            "metadata": None if metadata is None else decode_object(metadata, f"{name}metadata"),
+            "metadata": None if metadata is None else decode_object(metadata, "metadata"),
         },
     )

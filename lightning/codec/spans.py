@@ -36,18 +36,19 @@ def span_to_proto(span: Span) -> span_pb2.Span:
     _check_sequence_id(message.sequence_id)
     message.status.code = SPAN_STATUS_CODE.to_number(span.status.status_code, "status.status_code")
     if span.status.description is not None:
-        message.status.description = span.status.description
+        message.status.MergeFrom(build(span_pb2.SpanStatus, description=span.status.description))
     write_attributes(message.attributes, span.attributes, "attributes")
     for index, event in enumerate(span.events):
-        _write_event(message.events.add(), event, f"events[{index}]")
+        message.events.append(_event_to_proto(event, f"events[{index}]"))
     for index, link in enumerate(span.links):
-        _write_link(message.links.add(), link, f"links[{index}]")
+        message.links.append(_link_to_proto(link, f"links[{index}]"))
     if span.context is not None:
-        _write_context(message.context, span.context)
+        message.context.MergeFrom(_context_to_proto(span.context))
     if span.parent is not None:
-        _write_context(message.parent, span.parent)
+        message.parent.MergeFrom(_context_to_proto(span.parent))
     write_attributes(message.resource.attributes, span.resource.attributes, "resource.attributes")
-    message.resource.schema_url = span.resource.schema_url
+    if span.resource.schema_url:
+        message.resource.MergeFrom(build(span_pb2.OtelResource, schema_url=span.resource.schema_url))
     return message
 
 
@@ -127,11 +128,10 @@ def _read_status(message: span_pb2.Span) -> TraceStatus:
     )
 
 
-def _write_event(target: span_pb2.SpanEvent, event: Event, path: str) -> None:
-    target.name = event.name
-    if event.timestamp is not None:
-        target.timestamp = event.timestamp
-    write_attributes(target.attributes, event.attributes, f"{path}.attributes")
+def _event_to_proto(event: Event, path: str) -> span_pb2.SpanEvent:
+    message = build(span_pb2.SpanEvent, name=event.name, timestamp=event.timestamp)
+    write_attributes(message.attributes, event.attributes, f"{path}.attributes")
+    return message
 
 
 def _read_event(source: span_pb2.SpanEvent) -> Event:
@@ -145,11 +145,12 @@ def _read_event(source: span_pb2.SpanEvent) -> Event:
     )
 
 
-def _write_link(target: span_pb2.SpanLink, link: Link, path: str) -> None:
-    _write_context(target.context, link.context)
+def _link_to_proto(link: Link, path: str) -> span_pb2.SpanLink:
+    message = span_pb2.SpanLink(context=_context_to_proto(link.context))
     if link.attributes is not None:
-        target.attributes.SetInParent()
-        write_attributes(target.attributes.attributes, link.attributes, f"{path}.attributes")
+        message.attributes.SetInParent()
+        write_attributes(message.attributes.attributes, link.attributes, f"{path}.attributes")
+    return message
 
 
 def _read_link(source: span_pb2.SpanLink) -> Link:
@@ -157,12 +158,17 @@ def _read_link(source: span_pb2.SpanLink) -> Link:
     return construct(Link, {"context": _read_context(source.context), "attributes": attributes})
 
 
-def _write_context(target: span_pb2.SpanContext, context: SpanContext) -> None:
-    target.trace_id = context.trace_id
-    target.span_id = context.span_id
-    target.is_remote = context.is_remote
-    for key, value in context.trace_state.items():
-        target.trace_state.add(key=key, value=value)
+def _context_to_proto(context: SpanContext) -> span_pb2.SpanContext:
+    return build(
+        span_pb2.SpanContext,
+        trace_id=context.trace_id,
+        span_id=context.span_id,
+        is_remote=context.is_remote,
+        trace_state=[
+            build(span_pb2.TraceStateEntry, key=key, value=value)
+            for key, value in context.trace_state.items()
+        ],
+    )
 
 
 def _read_context(source: span_pb2.SpanContext) -> SpanContext:

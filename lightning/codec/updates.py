@@ -58,7 +58,6 @@ _ATTEMPT_DECODERS: dict[str, tuple[str, Callable[[service_pb2.UpdateAttemptReque
     "last_heartbeat_time": ("last_heartbeat_time", lambda request: request.last_heartbeat_time),
     "metadata_json": ("metadata", lambda request: decode_object(request.metadata_json, "metadata")),
 }
-_NOT_CLEARABLE = frozenset({"status", "config"})
 
 
 def rollout_changes_to_proto(
@@ -93,7 +92,7 @@ def rollout_changes_from_proto(request: service_pb2.UpdateRolloutRequest) -> dic
     """The keyword arguments, beside `rollout_id`, for `LightningStore.update_rollout`.
 
     Raises:
-        ValueError: The mask names a field that cannot be changed or cleared, or a field is wrong.
+        ValueError: The mask names a field that cannot be changed, or a field is wrong.
     """
     return _read_changes(request, _ROLLOUT_DECODERS)
 
@@ -148,8 +147,5 @@ def _read_changes(
         if field not in decoders:
             raise ValueError(f"update_mask names {field!r}, which is none of {', '.join(decoders)}")
         keyword, decode = decoders[field]
-        is_set = message.HasField(field)
-        if not is_set and field in _NOT_CLEARABLE:
-            raise ValueError(f"{field} is named in update_mask but not set; it cannot be cleared")
-        changes[keyword] = decode(request) if is_set else None
+        changes[keyword] = decode(request) if message.HasField(field) else None
     return changes

@@ -542,7 +542,7 @@ class UpdateRolloutRequest(_message.Message):
 
     @_builtins.property
     def config(self) -> _rollout_pb2.RolloutConfig:
-        """The new deadlines and retries. Cannot be cleared."""
+        """The new deadlines and retries. Clearing it means one attempt without deadlines."""
 
     def __init__(
         self,
