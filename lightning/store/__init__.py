@@ -1,4 +1,5 @@
 """The LightningStore: its contract, its engine and its backends."""
+
 from __future__ import annotations
 
 from lightning.store.backends import InMemoryLightningStore

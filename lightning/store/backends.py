@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Union
-
 import psutil
 
 from lightning.store.clock import Clock
@@ -13,7 +11,7 @@ from lightning.store.persistence.memory import MemoryPersistence
 _DEFAULT_EVICTION_FRACTION = 0.7
 _DEFAULT_SAFE_FRACTION = 0.8
 
-MemoryAmount = Union[int, float]
+MemoryAmount = int | float
 """Bytes (an int, or a float above 1), or a fraction (a float of at most 1)."""
 
 

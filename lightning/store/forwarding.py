@@ -21,9 +21,36 @@ VERBS: tuple[str, ...] = tuple(
 if TYPE_CHECKING:
 
     class _Forwarded(LightningStore):
-        """For type checkers: the verbs are there (`__init_subclass__` puts them in)."""
+        """For type checkers, which do not see what the loop below defines: every verb, with its signature."""
 
-        def __new__(cls, *args: Any, **kwargs: Any) -> Any: ...
+        statistics = LightningStore.statistics
+        start_rollout = LightningStore.start_rollout
+        enqueue_rollout = LightningStore.enqueue_rollout
+        enqueue_many_rollouts = LightningStore.enqueue_many_rollouts
+        dequeue_rollout = LightningStore.dequeue_rollout
+        dequeue_many_rollouts = LightningStore.dequeue_many_rollouts
+        start_attempt = LightningStore.start_attempt
+        add_span = LightningStore.add_span
+        add_many_spans = LightningStore.add_many_spans
+        add_otel_span = LightningStore.add_otel_span
+        get_next_span_sequence_id = LightningStore.get_next_span_sequence_id
+        get_many_span_sequence_ids = LightningStore.get_many_span_sequence_ids
+        query_rollouts = LightningStore.query_rollouts
+        query_attempts = LightningStore.query_attempts
+        query_spans = LightningStore.query_spans
+        query_resources = LightningStore.query_resources
+        query_workers = LightningStore.query_workers
+        get_rollout_by_id = LightningStore.get_rollout_by_id
+        get_latest_attempt = LightningStore.get_latest_attempt
+        get_resources_by_id = LightningStore.get_resources_by_id
+        get_latest_resources = LightningStore.get_latest_resources
+        get_worker_by_id = LightningStore.get_worker_by_id
+        wait_for_rollouts = LightningStore.wait_for_rollouts
+        add_resources = LightningStore.add_resources
+        update_resources = LightningStore.update_resources
+        update_rollout = LightningStore.update_rollout
+        update_attempt = LightningStore.update_attempt
+        update_worker = LightningStore.update_worker
 else:
     _Forwarded = LightningStore
 
@@ -74,8 +101,13 @@ class ForeignStore(ForwardingStore):
 
     @property
     def capabilities(self) -> LightningStoreCapabilities:
-        given: LightningStoreCapabilities = getattr(self._store, "capabilities", {})
-        return {"thread_safe": False, "async_safe": True, "zero_copy": False, "otlp_traces": False, **given}
+        given: dict[str, bool] = getattr(self._store, "capabilities", {})
+        return LightningStoreCapabilities(
+            thread_safe=given.get("thread_safe", False),
+            async_safe=given.get("async_safe", True),
+            zero_copy=given.get("zero_copy", False),
+            otlp_traces=given.get("otlp_traces", False),
+        )
 
     async def close(self) -> None:
         close = getattr(self._store, "close", None)

@@ -231,7 +231,7 @@ def _follow(record: RolloutRecord, attempt: AttemptRecord, now: float) -> Rollou
         return record
     status: RolloutStatus
     if attempt.status in ("preparing", "running", "succeeded"):
-        status = attempt.status  # type: ignore[assignment]  # these three are statuses of both
+        status = attempt.status  # these three are statuses of both
     elif attempt.status == "cancelled":
         status = "cancelled"
     elif attempt.status in record.config.retry_condition and attempt.sequence_id < record.config.max_attempts:

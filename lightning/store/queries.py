@@ -132,14 +132,18 @@ class Filters(Generic[T]):
 
 def field_conditions(exact: dict[str, Any], contains: dict[str, str | None]) -> list[Callable[[Any], bool]]:
     """Conditions on fields by name: equal to a value, or containing a text. None is no condition."""
-    conditions: list[Callable[[Any], bool]] = []
-    for field, wanted in exact.items():
-        if wanted is not None:
-            conditions.append(lambda item, field=field, wanted=wanted: getattr(item, field) == wanted)
-    for field, part in contains.items():
-        if part is not None:
-            conditions.append(lambda item, field=field, part=part: part in (getattr(item, field) or ""))
-    return conditions
+    return [
+        *(_equals(field, wanted) for field, wanted in exact.items() if wanted is not None),
+        *(_holds(field, part) for field, part in contains.items() if part is not None),
+    ]
+
+
+def _equals(field: str, wanted: Any) -> Callable[[Any], bool]:
+    return lambda item: bool(getattr(item, field) == wanted)
+
+
+def _holds(field: str, part: str) -> Callable[[Any], bool]:
+    return lambda item: part in (getattr(item, field) or "")
 
 
 def check_members(values: Sequence[Any] | None, allowed: Sequence[str], name: str) -> frozenset[Any] | None:

@@ -9,9 +9,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
-from lightningpb.v1 import span_pb2
-
-from lightning.codec.spans import span_from_proto, span_to_proto
+from lightning.codec.spans import decode_span, encode_span
 from lightning.types import (
     Attempt,
     AttemptedRollout,
@@ -174,13 +172,11 @@ class SpanRecord:
     @classmethod
     def of(cls, span: Span) -> SpanRecord:
         """Check and encode a span. Raises `TypeError` or `ValueError` naming what cannot be stored."""
-        return cls(span.attempt_id, span.span_id, span.sequence_id, span_to_proto(span).SerializeToString())
+        return cls(span.attempt_id, span.span_id, span.sequence_id, encode_span(span))
 
     def to_span(self) -> Span:
         """A fresh `Span`."""
-        message = span_pb2.Span.FromString(self.payload)
-        message.sequence_id = self.sequence_id
-        return span_from_proto(message)
+        return decode_span(self.payload, self.sequence_id)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,5 @@
 """The records that users see, and the rules for what may stand in them."""
+
 from __future__ import annotations
 
 from lightning.types.payload import decode_payload, encode_payload, to_json_value, validate_encoded_payload

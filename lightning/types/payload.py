@@ -11,12 +11,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from typing import Any, Union
+from typing import Any
 
 from pydantic import BaseModel
 
 JsonValue = Any
-"""None, bool, int, float, str, or lists and string-keyed dicts of these. (Not spelled out: type checkers choke on it.)"""
+"""None, bool, int, float, str, or lists and string-keyed dicts of these; not spelled out, for recursive aliases cost
+every caller a cast."""
 
 MAX_NESTING_DEPTH = 200
 """Levels of lists and objects a payload may have: well inside what JSON parsers of other languages accept."""
@@ -26,7 +27,7 @@ _MAX_INTEGER_BITS = 4096
 
 _encoder = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"), check_circular=False)
 
-PathStep = Union[str, int]
+PathStep = str | int
 
 
 def encode_payload(value: Any, name: str) -> bytes:

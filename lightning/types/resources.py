@@ -40,7 +40,8 @@ class Resource(BaseModel):
         # a class redefined in a notebook, or rebuilt by pickle in another process, replaces its former self
         if known is not None and known.__qualname__ != cls.__qualname__ and not issubclass(cls, known):
             raise TypeError(
-                f"resource_type {default!r} of {cls.__qualname__} is already taken by {known.__qualname__}; choose another name"
+                f"resource_type {default!r} of {cls.__qualname__} is already taken by {known.__qualname__}; "
+                "choose another name"
             )
         if known is None or known.__qualname__ == cls.__qualname__:
             Resource._registry[default] = cls

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, Union
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import ReadableSpan
 
-AttributeValue = Union[str, bool, int, float, Sequence[str], Sequence[bool], Sequence[int], Sequence[float]]
+AttributeValue = str | bool | int | float | Sequence[str] | Sequence[bool] | Sequence[int] | Sequence[float]
 """A value as OpenTelemetry defines it. Floats may be NaN or infinite; integers have 64 bits."""
 Attributes = dict[str, Any]
 """`AttributeValue` by name. Typed loosely so that reading one needs no cast; checked when a span is stored."""

@@ -245,7 +245,7 @@ class MemoryPersistence(Persistence):
                 if span.span_id not in known and span.span_id not in fresh:
                     fresh[span.span_id] = span
             after, sequence_ids = transition(entry.record, list(fresh.values()))
-            for span, sequence_id in zip(list(fresh.values()), sequence_ids):
+            for span, sequence_id in zip(list(fresh.values()), sequence_ids, strict=True):
                 numbered = span if span.sequence_id == sequence_id else replace(span, sequence_id=sequence_id)
                 fresh[span.span_id] = numbered
             self._keep(entry, attempt_id, fresh)
@@ -277,8 +277,8 @@ class MemoryPersistence(Persistence):
                 return []
             if spans.evicted_count:
                 raise SpansEvictedError(
-                    f"{spans.evicted_count} spans ({spans.evicted_bytes} bytes) of rollout {rollout_id!r} were evicted to keep "
-                    f"span memory under {self._eviction_threshold_bytes} bytes; to keep more, raise "
+                    f"{spans.evicted_count} spans ({spans.evicted_bytes} bytes) of rollout {rollout_id!r} were evicted "
+                    f"to keep span memory under {self._eviction_threshold_bytes} bytes; to keep more, raise "
                     "eviction_memory_threshold, read spans soon after a rollout ends, or use a durable backend"
                 )
             found: list[SpanRecord] = []

@@ -1,0 +1,70 @@
+"""Checking what callers hand in, once, in the words of the contract; and making identifiers."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+from lightning.store.records import ConfigRecord
+from lightning.types import RolloutConfig
+
+ROLLOUT_STATUSES = ("queuing", "preparing", "running", "succeeded", "failed", "requeuing", "cancelled")
+ATTEMPT_STATUSES = ("preparing", "running", "succeeded", "failed", "timeout", "unresponsive", "cancelled")
+MODES = ("train", "val", "test")
+WORKER_STATUSES = ("idle", "busy", "unknown")
+
+
+def new_id(prefix: str) -> str:
+    """A fresh identifier: `ro-…`, `at-…`, `rs-…`."""
+    return f"{prefix}-{uuid.uuid4().hex}"
+
+
+def quote(text: str) -> str:
+    """An identifier as it appears in an error message, shortened if it is absurdly long."""
+    return repr(text if len(text) <= 200 else text[:200] + "…") if isinstance(text, str) else repr(text)
+
+
+def unknown_rollout(rollout_id: str) -> ValueError:
+    return ValueError(f"unknown rollout {quote(rollout_id)}")
+
+
+def unknown_attempt(rollout_id: str, attempt_id: str) -> ValueError:
+    return ValueError(f"unknown attempt {quote(attempt_id)} of rollout {quote(rollout_id)}")
+
+
+def config_record(config: RolloutConfig | None) -> ConfigRecord:
+    if config is not None and not isinstance(config, RolloutConfig):
+        raise TypeError(f"config must be a RolloutConfig, not {type(config).__name__}")
+    return ConfigRecord.of(config)
+
+
+def require_choice(value: Any, choices: Sequence[str], name: str) -> Any:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
+    return value
+
+
+def check_choice(value: Any, choices: Sequence[str], name: str) -> Any:
+    return None if value is None else require_choice(value, choices, name)
+
+
+def check_count(value: int, name: str, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}")
+
+
+def check_time(value: float | None, name: str) -> float | None:
+    if value is not None and (
+        isinstance(value, bool) or not isinstance(value, (int, float)) or value != value
+    ):
+        raise ValueError(f"{name} must be seconds since the epoch or None, not {value!r}")
+    return value
+
+
+def check_worker_id(worker_id: Any, required: bool = False) -> Any:
+    if worker_id is None and not required:
+        return None
+    if not isinstance(worker_id, str) or not worker_id:
+        raise ValueError(f"worker_id must be a non-empty string, not {worker_id!r}")
+    return worker_id

@@ -1,0 +1,156 @@
+"""What all verbs of the engine share: entering one, changing a record, and telling whoever it concerns."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+
+from lightning.store import lifecycle
+from lightning.store.arguments import (
+    unknown_rollout,
+)
+from lightning.store.broker import BrokerClosed, EventBroker
+from lightning.store.clock import Clock, SystemClock
+from lightning.store.contract import LightningStore
+from lightning.store.mailbox import WorkerMailboxes
+from lightning.store.persistence.abc import Persistence, RolloutChange
+from lightning.store.records import (
+    RolloutRecord,
+)
+from lightning.store.watchdog import Watchdog
+from lightning.types import (
+    CancelAttempt,
+    LightningStoreCapabilities,
+)
+
+QUEUE = "queue"
+"""The topic of rollouts that entered the queue; that of a finished one is `("finished", rollout_id)`."""
+
+_EXPIRE_BATCH = 256
+
+
+class EngineCore(LightningStore):
+    """A store over a backend.
+
+    Args:
+        persistence: Where records rest.
+        clock: Tells the time; tests pass one that they move by hand.
+        validate_resources: Whether an explicit `resources_id` must exist when a rollout is created. False is for code
+            that relies on being able to name resources before they are published.
+    """
+
+    def __init__(
+        self, persistence: Persistence, *, clock: Clock | None = None, validate_resources: bool = True
+    ) -> None:
+        self._persistence = persistence
+        self._clock = clock or SystemClock()
+        self._broker = EventBroker(self._clock)
+        self._commands = WorkerMailboxes(self._broker)
+        self._watchdog = Watchdog(self._broker, self._expire)
+        self._validate_resources = validate_resources
+        self._opened_at = time.monotonic()
+        self._opened = False
+
+    @property
+    def _mailboxes(self) -> WorkerMailboxes:
+        return self._commands
+
+    @property
+    def capabilities(self) -> LightningStoreCapabilities:
+        return LightningStoreCapabilities(
+            thread_safe=True, async_safe=True, zero_copy=False, otlp_traces=False
+        )
+
+    async def close(self) -> None:
+        if self._broker.closed:
+            return
+        self._broker.close()
+        await self._watchdog.close()
+        if self._opened:
+            await self._persistence.close()
+
+    async def _enter(self) -> float:
+        """Begin a verb: the store must be open, and what is overdue must have happened. Returns the time."""
+        if self._broker.closed:
+            raise BrokerClosed("the store was closed")
+        if not self._opened:
+            await self._persistence.open()
+            self._opened = True
+            self._watchdog.watch(await self._persistence.first_deadline())
+        now = self._clock.now()
+        deadline = self._watchdog.next_deadline
+        if deadline is not None and deadline < now:
+            self._watchdog.watch(await self._expire())
+        return now
+
+    async def _expire(self) -> float | None:
+        """Close every attempt whose time is up; returns the next deadline."""
+        while True:
+            now = self._clock.now()
+            due = await self._persistence.due_rollouts(now, _EXPIRE_BATCH)
+            for rollout_id in due:
+                change = await self._persistence.change_rollout(
+                    rollout_id,
+                    lambda record, now=now: lifecycle.expire(record, now),  # type: ignore[misc]
+                )
+                if change is not None:
+                    await self._tell(change.before, change.after, now, interrupt=True)
+            if len(due) < _EXPIRE_BATCH:
+                return await self._persistence.first_deadline()
+
+    async def _require_rollout(self, rollout_id: str) -> RolloutRecord:
+        record = await self._persistence.get_rollout(rollout_id)
+        if record is None:
+            raise unknown_rollout(rollout_id)
+        return record
+
+    async def _change(
+        self,
+        rollout_id: str,
+        transition: Callable[[RolloutRecord], RolloutRecord],
+        now: float,
+        *,
+        interrupt: bool = False,
+    ) -> RolloutChange:
+        change = await self._persistence.change_rollout(rollout_id, transition)
+        if change is None:
+            raise unknown_rollout(rollout_id)
+        await self._tell(change.before, change.after, now, interrupt=interrupt)
+        return change
+
+    async def _tell_all(
+        self, pairs: Iterable[tuple[RolloutRecord | None, RolloutRecord]], now: float
+    ) -> None:
+        for before, after in pairs:
+            await self._tell(before, after, now)
+
+    async def _tell(
+        self, before: RolloutRecord | None, after: RolloutRecord, now: float, *, interrupt: bool = False
+    ) -> None:
+        """Let everybody know what a change means to them.
+
+        Args:
+            before: The rollout's record before the change; None if it is new.
+            after: The record since.
+            now: The time.
+            interrupt: Whether a worker that lost an attempt by this change does not know it yet.
+        """
+        effects = lifecycle.effects(before, after)
+        for hold in effects.released:
+            await self._persistence.change_worker(
+                hold.worker_id,
+                lambda worker, hold=hold: lifecycle.release(worker, hold, now),  # type: ignore[misc]
+            )
+            if interrupt and hold.status != "unresponsive":  # that one may yet be revived
+                ref = {"rollout_id": hold.lease.rollout_id, "attempt_id": hold.lease.attempt_id}
+                self._commands.send(CancelAttempt(**ref, status=hold.status), hold.worker_id)
+        for hold in effects.acquired:
+            await self._persistence.change_worker(
+                hold.worker_id,
+                lambda worker, hold=hold: lifecycle.acquire(worker, hold.lease, now),  # type: ignore[misc]
+            )
+        self._watchdog.watch(lifecycle.next_deadline(after))
+        if effects.entered_queue:
+            self._broker.publish(QUEUE, at_most=1)
+        if effects.finished:
+            self._broker.publish(("finished", after.rollout_id))

@@ -1,0 +1,264 @@
+"""The verbs that only look."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from lightning.store import lifecycle
+from lightning.store.arguments import (
+    ROLLOUT_STATUSES,
+    WORKER_STATUSES,
+    quote,
+    unknown_attempt,
+    unknown_rollout,
+)
+from lightning.store.contract import FilterLogic, SortOrder
+from lightning.store.core import EngineCore
+from lightning.store.queries import (
+    ATTEMPT_SORT_FIELDS,
+    RESOURCES_SORT_FIELDS,
+    ROLLOUT_SORT_FIELDS,
+    SPAN_SORT_FIELDS,
+    WORKER_SORT_FIELDS,
+    Filters,
+    Page,
+    RolloutQuery,
+    check_members,
+    check_wait,
+    field_conditions,
+)
+from lightning.store.records import (
+    ResourcesRecord,
+    RolloutRecord,
+    WorkerRecord,
+)
+from lightning.types import (
+    Attempt,
+    LightningStoreStatistics,
+    PaginatedResult,
+    ResourcesUpdate,
+    Rollout,
+    RolloutStatus,
+    Span,
+    Worker,
+    WorkerStatus,
+)
+
+
+class ReadingVerbs(EngineCore):
+    """Statistics, queries, look-ups and waiting."""
+
+    async def statistics(self) -> LightningStoreStatistics:
+        await self._enter()
+        totals = await self._persistence.totals()
+        statistics = LightningStoreStatistics(
+            name=type(self).__name__,
+            total_rollouts=sum(totals.rollouts_by_status.values()),
+            total_attempts=totals.attempts,
+            total_spans=totals.spans,
+            total_resources=totals.resources,
+            total_workers=totals.workers,
+            rollouts_by_status=totals.rollouts_by_status,
+            uptime=time.monotonic() - self._opened_at,
+            total_span_bytes=totals.span_bytes,
+            evicted_spans=totals.evicted_spans,
+        )
+        statistics.update(totals.limits)  # type: ignore[typeddict-item]  # the backend speaks of the same keys
+        return statistics
+
+    # --- Looking things up -------------------------------------------------------------------------------------
+
+    async def query_rollouts(
+        self,
+        *,
+        status_in: Sequence[RolloutStatus] | None = None,
+        rollout_id_in: Sequence[str] | None = None,
+        rollout_id_contains: str | None = None,
+        filter_logic: FilterLogic = "and",
+        sort_by: str | None = None,
+        sort_order: SortOrder = "asc",
+        limit: int = -1,
+        offset: int = 0,
+        status: Sequence[RolloutStatus] | None = None,
+        rollout_ids: Sequence[str] | None = None,
+    ) -> PaginatedResult[Rollout]:
+        page = Page.of(sort_by, sort_order, limit, offset, ROLLOUT_SORT_FIELDS)
+        ids = rollout_ids if rollout_id_in is None else rollout_id_in
+        if isinstance(ids, str):
+            raise ValueError(f"rollout_id_in must be a list, not the string {quote(ids)}")
+        query = RolloutQuery(
+            status_in=check_members(
+                status if status_in is None else status_in, ROLLOUT_STATUSES, "status_in"
+            ),
+            rollout_id_in=None if ids is None else tuple(ids),
+            rollout_id_contains=rollout_id_contains,
+            any_suffices=Filters.of((), filter_logic).any_suffices,
+            page=page,
+        )
+        await self._enter()
+        records, total = await self._persistence.find_rollouts(query)
+        return page.paginated([record.to_rollout() for record in records], total)
+
+    async def query_attempts(
+        self,
+        rollout_id: str,
+        *,
+        sort_by: str | None = "sequence_id",
+        sort_order: SortOrder = "asc",
+        limit: int = -1,
+        offset: int = 0,
+    ) -> PaginatedResult[Attempt]:
+        page = Page.of(sort_by, sort_order, limit, offset, ATTEMPT_SORT_FIELDS)
+        await self._enter()
+        record = await self._require_rollout(rollout_id)
+        return page.result(attempt.to_attempt(rollout_id) for attempt in record.attempts)
+
+    async def query_spans(
+        self,
+        rollout_id: str,
+        attempt_id: str | None = None,
+        *,
+        trace_id: str | None = None,
+        trace_id_contains: str | None = None,
+        span_id: str | None = None,
+        span_id_contains: str | None = None,
+        parent_id: str | None = None,
+        parent_id_contains: str | None = None,
+        name: str | None = None,
+        name_contains: str | None = None,
+        filter_logic: FilterLogic = "and",
+        limit: int = -1,
+        offset: int = 0,
+        sort_by: str | None = "sequence_id",
+        sort_order: SortOrder = "asc",
+    ) -> PaginatedResult[Span]:
+        page = Page.of(sort_by, sort_order, limit, offset, SPAN_SORT_FIELDS)
+        filters: Filters[Span] = Filters.of(
+            field_conditions(
+                {"trace_id": trace_id, "span_id": span_id, "parent_id": parent_id, "name": name},
+                {
+                    "trace_id": trace_id_contains,
+                    "span_id": span_id_contains,
+                    "parent_id": parent_id_contains,
+                    "name": name_contains,
+                },
+            ),
+            filter_logic,
+        )
+        await self._enter()
+        record = await self._require_rollout(rollout_id)
+        attempts = record.attempts
+        if attempt_id is not None:
+            attempt = record.find_attempt(attempt_id)
+            if attempt is None and attempt_id != "latest":
+                raise unknown_attempt(rollout_id, attempt_id)
+            attempts = () if attempt is None else (attempt,)
+        found = await self._persistence.find_spans(rollout_id, [attempt.attempt_id for attempt in attempts])
+        order = {attempt.attempt_id: attempt.sequence_id for attempt in attempts}
+        spans = [span.to_span() for span in found]
+        spans.sort(key=lambda s: (order[s.attempt_id], s.sequence_id, s.start_time or 0.0, s.end_time or 0.0))
+        matches = [span for span in spans if filters.match(span)]
+        if page.sort_by == "sequence_id" and not page.descending:
+            return page.paginated(page.cut(matches), len(matches))  # attempt by attempt, as they are
+        return page.result(matches)
+
+    async def query_resources(
+        self,
+        *,
+        resources_id: str | None = None,
+        resources_id_contains: str | None = None,
+        sort_by: str | None = None,
+        sort_order: SortOrder = "asc",
+        limit: int = -1,
+        offset: int = 0,
+    ) -> PaginatedResult[ResourcesUpdate]:
+        page = Page.of(sort_by, sort_order, limit, offset, RESOURCES_SORT_FIELDS)
+        filters: Filters[ResourcesRecord] = Filters.of(
+            field_conditions({"resources_id": resources_id}, {"resources_id": resources_id_contains}), "and"
+        )
+        await self._enter()
+        records = page.result(filter(filters.match, await self._persistence.find_resources()))
+        return page.paginated([record.to_update() for record in records], records.total)
+
+    async def query_workers(
+        self,
+        *,
+        status_in: Sequence[WorkerStatus] | None = None,
+        worker_id_contains: str | None = None,
+        filter_logic: FilterLogic = "and",
+        sort_by: str | None = None,
+        sort_order: SortOrder = "asc",
+        limit: int = -1,
+        offset: int = 0,
+    ) -> PaginatedResult[Worker]:
+        page = Page.of(sort_by, sort_order, limit, offset, WORKER_SORT_FIELDS)
+        conditions = field_conditions({}, {"worker_id": worker_id_contains})
+        statuses = check_members(status_in, WORKER_STATUSES, "status_in")
+        if statuses is not None:
+            conditions.append(lambda worker: worker.status in statuses)
+        filters: Filters[Worker] = Filters.of(conditions, filter_logic)
+        now = await self._enter()
+        workers = [as_worker(record, now) for record in await self._persistence.find_workers()]
+        return page.result(filter(filters.match, workers))
+
+    async def get_rollout_by_id(self, rollout_id: str) -> Rollout | None:
+        await self._enter()
+        record = await self._persistence.get_rollout(rollout_id)
+        return None if record is None else record.to_rollout()
+
+    async def get_latest_attempt(self, rollout_id: str) -> Attempt | None:
+        await self._enter()
+        latest = (await self._require_rollout(rollout_id)).latest_attempt
+        return None if latest is None else latest.to_attempt(rollout_id)
+
+    async def get_resources_by_id(
+        self, resources_id: str, version: int | None = None
+    ) -> ResourcesUpdate | None:
+        await self._enter()
+        record = await self._persistence.get_resources(resources_id, version)
+        return None if record is None else record.to_update()
+
+    async def get_latest_resources(self) -> ResourcesUpdate | None:
+        await self._enter()
+        record = await self._persistence.get_latest_resources()
+        return None if record is None else record.to_update()
+
+    async def get_worker_by_id(self, worker_id: str) -> Worker | None:
+        now = await self._enter()
+        record = await self._persistence.get_worker(worker_id)
+        return None if record is None else as_worker(record, now)
+
+    async def wait_for_rollouts(
+        self, *, rollout_ids: Sequence[str], timeout: float | None = None
+    ) -> list[Rollout]:
+        wait = check_wait(timeout)
+        now = await self._enter()
+        until = None if wait is None else now + wait
+        wanted = list(dict.fromkeys(rollout_ids))
+        finished: dict[str, RolloutRecord] = {}
+        with self._broker.subscribe([("finished", rollout_id) for rollout_id in wanted]) as subscription:
+            look_at: Sequence[str] = wanted
+            known: dict[str, RolloutRecord] | None = None
+            while True:
+                records = await self._persistence.get_rollouts(look_at)
+                if known is None:
+                    known = records
+                    for rollout_id in wanted:
+                        if rollout_id not in known:
+                            raise unknown_rollout(rollout_id)
+                finished.update((i, record) for i, record in records.items() if lifecycle.is_finished(record))
+                if len(finished) == len(wanted) or wait == 0:
+                    return [
+                        finished[rollout_id].to_rollout() for rollout_id in wanted if rollout_id in finished
+                    ]
+                fired = await subscription.wait(until)
+                if fired:
+                    look_at = [topic[1] for topic in fired]  # type: ignore[index]  # the topics subscribed to above
+                else:
+                    wait = 0  # the time is up: one last look at all that is missing
+                    look_at = [rollout_id for rollout_id in wanted if rollout_id not in finished]
+
+
+def as_worker(record: WorkerRecord, now: float) -> Worker:
+    return record.to_worker(lifecycle.worker_status(record, now))
