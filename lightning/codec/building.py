@@ -44,7 +44,7 @@ def _try_field(kind: type[Message], name: str, value: Any) -> None:
 
 
 def construct(model: type[ModelT], fields: dict[str, Any], extra: dict[str, Any] | None = None) -> ModelT:
-    """Make a record of fields that are known to be valid and complete.
+    """Make a record of fields that are known to be valid, complete, and in the model's order.
 
     Does what `model_construct` does for models without aliases and private attributes, five times as fast, since it
     need not look for defaults.

@@ -56,9 +56,9 @@ def update_from_proto(message: resources_pb2.ResourcesUpdate) -> ResourcesUpdate
         ResourcesUpdate,
         {
             "resources_id": message.resources_id,
-            "version": message.version,
             "create_time": message.create_time,
             "update_time": message.update_time,
+            "version": message.version,
             "resources": resources_from_proto(message.resources),
         },
     )
