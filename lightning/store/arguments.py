@@ -1,8 +1,7 @@
-"""Checking what callers hand in, once, in the words of the contract; and making identifiers."""
+"""Checking what callers hand in, once, in the words of the contract."""
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,11 +12,6 @@ ROLLOUT_STATUSES = ("queuing", "preparing", "running", "succeeded", "failed", "r
 ATTEMPT_STATUSES = ("preparing", "running", "succeeded", "failed", "timeout", "unresponsive", "cancelled")
 MODES = ("train", "val", "test")
 WORKER_STATUSES = ("idle", "busy", "unknown")
-
-
-def new_id(prefix: str) -> str:
-    """A fresh identifier: `ro-…`, `at-…`, `rs-…`."""
-    return f"{prefix}-{uuid.uuid4().hex}"
 
 
 def quote(text: str) -> str:

@@ -12,6 +12,7 @@ from lightning.store.arguments import (
 from lightning.store.broker import BrokerClosed, EventBroker
 from lightning.store.clock import Clock, SystemClock
 from lightning.store.contract import LightningStore
+from lightning.store.idempotency import applied_value, current_request, mark_applied
 from lightning.store.mailbox import WorkerMailboxes
 from lightning.store.persistence.abc import Persistence, RolloutChange
 from lightning.store.records import (
@@ -112,7 +113,14 @@ class EngineCore(LightningStore):
         *,
         interrupt: bool = False,
     ) -> RolloutChange:
-        change = await self._persistence.change_rollout(rollout_id, transition)
+        digest = current_request()
+
+        def once(record: RolloutRecord) -> RolloutRecord:
+            if applied_value(record, digest) is not None:
+                return record  # the caller lost the reply and asks again
+            return mark_applied(transition(record), digest)
+
+        change = await self._persistence.change_rollout(rollout_id, once)
         if change is None:
             raise unknown_rollout(rollout_id)
         await self._tell(change.before, change.after, now, interrupt=interrupt)

@@ -20,13 +20,13 @@ from lightning.store.arguments import (
     check_time,
     check_worker_id,
     config_record,
-    new_id,
     quote,
     require_choice,
     unknown_attempt,
     unknown_rollout,
 )
 from lightning.store.core import QUEUE
+from lightning.store.idempotency import applied_value, current_request, mark_applied, new_ids
 from lightning.store.queries import (
     check_wait,
 )
@@ -66,6 +66,10 @@ if TYPE_CHECKING:
     from opentelemetry.sdk.trace import ReadableSpan
 
 
+_REMEMBERED_VERSIONS = 8
+"""How far back a repeated `update_resources` is recognised."""
+
+
 class StoreEngine(ReadingVerbs):
     """A store over a backend.
 
@@ -93,10 +97,10 @@ class StoreEngine(ReadingVerbs):
             input=input, mode=mode, resources_id=resources_id, config=config, metadata=metadata
         )
         (record,) = await self._new_rollouts([request], now)
-        record = lifecycle.begin_attempt(record, new_id("at"), worker_id, None, now)
+        record = lifecycle.begin_attempt(record, new_ids("at", 1)[0], worker_id, None, now)
         (record,) = await self._persistence.insert_rollouts([record])
         await self._tell_all([(None, record)], now)
-        return record.to_attempted_rollout()
+        return record.to_attempted_rollout(record.attempts[0])
 
     async def enqueue_rollout(
         self,
@@ -149,20 +153,26 @@ class StoreEngine(ReadingVerbs):
     async def start_attempt(self, rollout_id: str, worker_id: str | None = None) -> AttemptedRollout:
         now = await self._enter()
         check_worker_id(worker_id)
-        attempt_id = new_id("at")
+        (attempt_id,) = new_ids("at", 1)
         change = await self._change(
             rollout_id, lambda record: lifecycle.begin_attempt(record, attempt_id, worker_id, None, now), now
         )
-        return change.after.to_attempted_rollout()
+        attempt = change.after.find_attempt(attempt_id)
+        assert attempt is not None
+        return change.after.to_attempted_rollout(attempt)
 
     async def _claim(
         self, limit: int, worker_id: str | None, instance_id: str | None
     ) -> Sequence[AttemptedRollout]:
         now = await self._enter()
         check_worker_id(worker_id)
+        attempt_ids = new_ids("at", limit)
+        claimed = await self._claimed_before(attempt_ids)
+        if claimed:
+            return claimed
 
-        def begin(record: RolloutRecord) -> RolloutRecord:
-            return lifecycle.begin_attempt(record, new_id("at"), worker_id, instance_id, now)
+        def begin(record: RolloutRecord, taken: int) -> RolloutRecord:
+            return lifecycle.begin_attempt(record, attempt_ids[taken], worker_id, instance_id, now)
 
         changes = await self._persistence.claim_rollouts(limit, begin)
         if worker_id is not None:
@@ -170,7 +180,20 @@ class StoreEngine(ReadingVerbs):
                 worker_id, lambda worker: replace(worker, last_dequeue_time=now)
             )
         await self._tell_all([(change.before, change.after) for change in changes], now)
-        return [change.after.to_attempted_rollout() for change in changes]
+        return [change.after.to_attempted_rollout(change.after.attempts[-1]) for change in changes]
+
+    async def _claimed_before(self, attempt_ids: Sequence[str]) -> Sequence[AttemptedRollout]:
+        """What this request claimed already, if it is a repeat: the attempts it begins have ids of its own."""
+        claimed: list[AttemptedRollout] = []
+        if current_request() is None:
+            return claimed
+        for attempt_id in attempt_ids:
+            record = await self._persistence.get_rollout_of_attempt(attempt_id)
+            attempt = None if record is None else record.find_attempt(attempt_id)
+            if record is None or attempt is None:
+                break  # they are used in order
+            claimed.append(record.to_attempted_rollout(attempt))
+        return claimed
 
     async def _new_rollouts(
         self, requests: Sequence[EnqueueRolloutRequest], now: float
@@ -178,13 +201,13 @@ class StoreEngine(ReadingVerbs):
         """Check the requests; the records to insert, in `queuing`."""
         bound: dict[str | None, str | None] = {}
         records = []
-        for request in requests:
+        for request, rollout_id in zip(requests, new_ids("ro", len(requests)), strict=True):
             resources_id = request.resources_id
             if resources_id not in bound:
                 bound[resources_id] = await self._bind_resources(resources_id)
             records.append(
                 RolloutRecord(
-                    rollout_id=new_id("ro"),
+                    rollout_id=rollout_id,
                     input=encode_payload(request.input, "input"),
                     status="queuing",
                     start_time=now,
@@ -259,28 +282,36 @@ class StoreEngine(ReadingVerbs):
     async def get_many_span_sequence_ids(
         self, rollout_attempt_ids: Sequence[tuple[str, str]]
     ) -> Sequence[int]:
-        now = await self._enter()
+        await self._enter()
         groups: dict[tuple[str, str], list[int]] = {}
         for index, (rollout_id, attempt_id) in enumerate(rollout_attempt_ids):
             groups.setdefault((rollout_id, attempt_id), []).append(index)
         await self._check_attempts_exist(groups)
         allocated = [0] * len(rollout_attempt_ids)
         for (rollout_id, attempt_id), indexes in groups.items():
-            last = await self._allocate(rollout_id, attempt_id, len(indexes), now)
+            last = await self._allocate(rollout_id, attempt_id, len(indexes))
             for sequence_id, index in enumerate(indexes, start=last - len(indexes) + 1):
                 allocated[index] = sequence_id
         return allocated
 
-    async def _allocate(self, rollout_id: str, attempt_id: str, count: int, now: float) -> int:
+    async def _allocate(self, rollout_id: str, attempt_id: str, count: int) -> int:
         """Set `count` sequence ids aside; returns the last of them."""
-        change = await self._change(
-            rollout_id,
-            lambda record: lifecycle.allocate_span_sequence_ids(record, attempt_id, count),
-            now,
-        )
-        attempt = change.after.find_attempt(attempt_id)
-        assert attempt is not None
-        return attempt.last_span_sequence_id
+        digest = current_request(attempt_id)
+        last = 0
+
+        def allocate(record: RolloutRecord) -> RolloutRecord:
+            nonlocal last
+            given = applied_value(record, digest)
+            if given is not None:
+                last = given
+                return record
+            after = lifecycle.allocate_span_sequence_ids(record, attempt_id, count)
+            last = lifecycle.last_span_sequence_id(after, attempt_id)
+            return mark_applied(after, digest, last)
+
+        if await self._persistence.change_rollout(rollout_id, allocate) is None:
+            raise unknown_rollout(rollout_id)
+        return last
 
     async def _check_attempts_exist(self, keys: Iterable[tuple[str, str]]) -> None:
         for rollout_id, attempt_id in keys:
@@ -292,23 +323,41 @@ class StoreEngine(ReadingVerbs):
 
     async def add_resources(self, resources: NamedResources) -> ResourcesUpdate:
         now = await self._enter()
-        record = ResourcesRecord(new_id("rs"), 1, now, now, encode_resources(resources))
-        if not await self._persistence.insert_resources(record):
-            raise RuntimeError(
-                f"resources {record.resources_id!r} exist already"
-            )  # ids are random: cannot happen
-        return self._published(record)
+        (resources_id,) = new_ids("rs", 1)
+        record = ResourcesRecord(resources_id, 1, now, now, encode_resources(resources))
+        if await self._persistence.insert_resources(record):
+            return self._published(record)
+        stored = await self._persistence.get_resources(resources_id, 1)  # the repeat of a request
+        assert stored is not None
+        return stored.to_update()
 
     async def update_resources(self, resources_id: str, resources: NamedResources) -> ResourcesUpdate:
         now = await self._enter()
         encoded = encode_resources(resources)
+        digest = current_request()
         while True:
             newest = await self._persistence.get_resources(resources_id, None)
             if newest is None:
                 raise ValueError(f"unknown resources {quote(resources_id)}")
-            record = ResourcesRecord(resources_id, newest.version + 1, newest.create_time, now, encoded)
+            repeated = await self._published_before(newest, digest)
+            if repeated is not None:
+                return repeated.to_update()
+            record = ResourcesRecord(
+                resources_id, newest.version + 1, newest.create_time, now, encoded, digest
+            )
             if await self._persistence.insert_resources(record):
                 return self._published(record)
+
+    async def _published_before(self, newest: ResourcesRecord, digest: str | None) -> ResourcesRecord | None:
+        """The version that this request published already, if it is a repeat."""
+        record: ResourcesRecord | None = newest
+        for version in range(newest.version - 1, newest.version - _REMEMBERED_VERSIONS, -1):
+            if digest is None or record is None or record.request_digest == digest:
+                break
+            record = await self._persistence.get_resources(newest.resources_id, version)
+        return (
+            record if digest is not None and record is not None and record.request_digest == digest else None
+        )
 
     def _published(self, record: ResourcesRecord) -> ResourcesUpdate:
         self._commands.send(ResourcesChanged(resources_id=record.resources_id, version=record.version), None)

@@ -123,6 +123,11 @@ def allocate_span_sequence_ids(record: RolloutRecord, attempt_id: str, count: in
     return replace(record, attempts=_swap(record.attempts, attempt, taken))
 
 
+def last_span_sequence_id(record: RolloutRecord, attempt_id: str) -> int:
+    """The highest sequence id given to a span of the attempt so far."""
+    return _require_attempt(record, attempt_id).last_span_sequence_id
+
+
 def update_attempt(
     record: RolloutRecord, attempt_id: str, changes: dict[str, Any], now: float
 ) -> RolloutRecord:
@@ -333,6 +338,8 @@ def _holds(record: RolloutRecord | None) -> dict[tuple[str, str], Hold]:
 
 def acquire(worker: WorkerRecord, lease: Lease, now: float) -> WorkerRecord:
     """The worker began to execute an attempt."""
+    if any(held.attempt_id == lease.attempt_id for held in worker.leases):
+        return worker
     return replace(worker, leases=(*worker.leases, lease), last_busy_time=now)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 from lightning.codec.spans import decode_span, encode_span
 from lightning.types import (
@@ -103,6 +104,14 @@ class AttemptRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class AppliedRequest:
+    """A request that changed a record; see `lightning.store.idempotency`."""
+
+    request_digest: str
+    value: int
+
+
+@dataclass(frozen=True, slots=True)
 class RolloutRecord:
     """`Rollout` with its attempts."""
 
@@ -116,6 +125,8 @@ class RolloutRecord:
     metadata: bytes | None = None
     end_time: float | None = None
     attempts: tuple[AttemptRecord, ...] = ()
+    applied: tuple[AppliedRequest, ...] = ()
+    """The requests that changed it last, oldest first."""
     revision: int = 0
     """Set by the persistence at every change, from one counter for all rollouts: later changes have higher ones."""
 
@@ -134,8 +145,18 @@ class RolloutRecord:
         return None
 
     def to_rollout(self) -> Rollout:
-        """A fresh `Rollout`, or `AttemptedRollout` if there are attempts."""
-        fields = {
+        """A fresh `Rollout`, or `AttemptedRollout` with the latest attempt if there are any."""
+        latest = self.latest_attempt
+        if latest is None:
+            return Rollout.model_construct(**self._fields())
+        return self.to_attempted_rollout(latest)
+
+    def to_attempted_rollout(self, attempt: AttemptRecord) -> AttemptedRollout:
+        """A fresh `AttemptedRollout` with one of its attempts."""
+        return AttemptedRollout.model_construct(**self._fields(), attempt=attempt.to_attempt(self.rollout_id))
+
+    def _fields(self) -> dict[str, Any]:
+        return {
             "rollout_id": self.rollout_id,
             "input": decode_payload(self.input),
             "start_time": self.start_time,
@@ -146,16 +167,6 @@ class RolloutRecord:
             "config": self.config.to_config(),
             "metadata": _decode_optional(self.metadata),
         }
-        latest = self.latest_attempt
-        if latest is None:
-            return Rollout.model_construct(**fields)
-        return AttemptedRollout.model_construct(**fields, attempt=latest.to_attempt(self.rollout_id))
-
-    def to_attempted_rollout(self) -> AttemptedRollout:
-        """As `to_rollout`, for records that are known to have attempts."""
-        rollout = self.to_rollout()
-        assert isinstance(rollout, AttemptedRollout)
-        return rollout
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,6 +249,8 @@ class ResourcesRecord:
     update_time: float
     resources: tuple[tuple[str, bytes], ...]
     """`(name, JSON object with all fields)`, in the user's order."""
+    request_digest: str | None = None
+    """The request that published it; see `lightning.store.idempotency`."""
 
     def to_update(self) -> ResourcesUpdate:
         """A fresh `ResourcesUpdate`, each resource of the class registered for its type."""

@@ -20,6 +20,8 @@ from lightning.store.queries import RolloutQuery
 from lightning.store.records import ResourcesRecord, RolloutRecord, SpanReceipt, SpanRecord, WorkerRecord
 
 RolloutTransition = Callable[[RolloutRecord], RolloutRecord]
+ClaimTransition = Callable[[RolloutRecord, int], RolloutRecord]
+"""As `RolloutTransition`, told also how many rollouts this claim took before."""
 WorkerTransition = Callable[[WorkerRecord], WorkerRecord]
 SpanTransition = Callable[[RolloutRecord, Sequence[SpanRecord]], tuple[RolloutRecord, list[int]]]
 """From the record and the spans that are new to the attempt, to the next record and the spans' sequence ids."""
@@ -72,8 +74,8 @@ class Persistence(ABC):
 
     @abstractmethod
     async def insert_rollouts(self, records: Sequence[RolloutRecord]) -> list[RolloutRecord]:
-        """Store new rollouts, all or none; the queued ones enter the queue in this order. Returns them with their
-        revisions."""
+        """Store new rollouts, all or none; the queued ones enter the queue in this order. One whose id is taken is
+        the repeat of a request and is left as it is stored. Returns all of them as they are stored."""
 
     @abstractmethod
     async def get_rollout(self, rollout_id: str) -> RolloutRecord | None:
@@ -84,12 +86,16 @@ class Persistence(ABC):
         """Those of these rollouts that exist, by id."""
 
     @abstractmethod
+    async def get_rollout_of_attempt(self, attempt_id: str) -> RolloutRecord | None:
+        """The rollout that has this attempt, or None."""
+
+    @abstractmethod
     async def change_rollout(self, rollout_id: str, transition: RolloutTransition) -> RolloutChange | None:
         """Replace a rollout by what `transition` makes of it; None if there is none. A transition that returns the
         record it was given changes nothing, its revision included."""
 
     @abstractmethod
-    async def claim_rollouts(self, limit: int, transition: RolloutTransition) -> list[RolloutChange]:
+    async def claim_rollouts(self, limit: int, transition: ClaimTransition) -> list[RolloutChange]:
         """Take up to `limit` rollouts off the head of the queue, applying `transition` to each."""
 
     @abstractmethod

@@ -17,6 +17,7 @@ from sortedcontainers import SortedDict
 
 from lightning.store import lifecycle
 from lightning.store.persistence.abc import (
+    ClaimTransition,
     Persistence,
     RolloutChange,
     RolloutTransition,
@@ -86,13 +87,13 @@ class MemoryPersistence(Persistence):
         self._lock = threading.RLock()
         self._revision = 0
         self._rollouts: dict[str, _Entry] = {}
+        self._by_attempt: dict[str, _Entry] = {}
         self._by_status: dict[str, SortedDict[int, _Entry]] = {}
         self._queue: OrderedDict[str, _Entry] = OrderedDict()
         self._deadlines: list[tuple[float, int, _Entry]] = []
         self._tie_breaker = count()
         self._evictable: OrderedDict[str, _Entry] = OrderedDict()
         """Finished rollouts with spans, in the order in which they finished."""
-        self._attempt_count = 0
         self._span_count = 0
         self._span_bytes = 0
         self._evicted_count = 0
@@ -104,12 +105,12 @@ class MemoryPersistence(Persistence):
 
     async def insert_rollouts(self, records: Sequence[RolloutRecord]) -> list[RolloutRecord]:
         with self._lock:
-            for record in records:
-                if record.rollout_id in self._rollouts:
-                    raise ValueError(f"rollout {record.rollout_id!r} exists already")
             return [self._insert(record) for record in records]
 
     def _insert(self, record: RolloutRecord) -> RolloutRecord:
+        known = self._rollouts.get(record.rollout_id)
+        if known is not None:
+            return known.record
         self._revision += 1
         record = replace(record, revision=self._revision)
         entry = _Entry(record, len(self._rollouts))
@@ -127,15 +128,22 @@ class MemoryPersistence(Persistence):
             entries = ((rollout_id, self._rollouts.get(rollout_id)) for rollout_id in rollout_ids)
             return {rollout_id: entry.record for rollout_id, entry in entries if entry is not None}
 
+    async def get_rollout_of_attempt(self, attempt_id: str) -> RolloutRecord | None:
+        with self._lock:
+            entry = self._by_attempt.get(attempt_id)
+            return None if entry is None else entry.record
+
     async def change_rollout(self, rollout_id: str, transition: RolloutTransition) -> RolloutChange | None:
         with self._lock:
             entry = self._rollouts.get(rollout_id)
             return None if entry is None else self._replace(entry, transition(entry.record))
 
-    async def claim_rollouts(self, limit: int, transition: RolloutTransition) -> list[RolloutChange]:
+    async def claim_rollouts(self, limit: int, transition: ClaimTransition) -> list[RolloutChange]:
         with self._lock:
             heads = list(islice(self._queue.values(), limit))
-            return [self._replace(entry, transition(entry.record)) for entry in heads]
+            return [
+                self._replace(entry, transition(entry.record, taken)) for taken, entry in enumerate(heads)
+            ]
 
     async def find_rollouts(self, query: RolloutQuery) -> tuple[list[RolloutRecord], int]:
         page = query.page
@@ -227,7 +235,8 @@ class MemoryPersistence(Persistence):
             elif not queued:
                 self._queue.pop(after.rollout_id, None)
             self._note_evictable(entry)
-        self._attempt_count += len(after.attempts) - (len(before.attempts) if before else 0)
+        for attempt in after.attempts[len(before.attempts) if before else 0 :]:
+            self._by_attempt[attempt.attempt_id] = entry
         self._schedule(entry, lifecycle.next_deadline(after))
 
     # --- spans ---
@@ -361,7 +370,7 @@ class MemoryPersistence(Persistence):
         with self._lock:
             return Totals(
                 rollouts_by_status={status: len(index) for status, index in self._by_status.items() if index},
-                attempts=self._attempt_count,
+                attempts=len(self._by_attempt),
                 spans=self._span_count,
                 resources=len(self._resources_log),
                 workers=len(self._workers),
