@@ -1,6 +1,7 @@
 """A protoc plugin for gRPC's Python stubs, since `grpc_python` is no builtin of buf's.
 
-buf runs it with a `CodeGeneratorRequest` on stdin and reads a `CodeGeneratorResponse` from stdout. It also marks each package as typed (PEP 561).
+buf runs it with a `CodeGeneratorRequest` on stdin and reads a `CodeGeneratorResponse` from stdout. It also marks
+each package as typed (PEP 561).
 """
 
 from __future__ import annotations
@@ -22,7 +23,11 @@ def generate(request: CodeGeneratorRequest) -> CodeGeneratorResponse:
         descriptors.write_bytes(FileDescriptorSet(file=request.proto_file).SerializeToString())
         out = Path(folder, "out")
         out.mkdir()
-        arguments = [f"--descriptor_set_in={descriptors}", f"--grpc_python_out={out}", *request.file_to_generate]
+        arguments = [
+            f"--descriptor_set_in={descriptors}",
+            f"--grpc_python_out={out}",
+            *request.file_to_generate,
+        ]
         if protoc.main(["protoc", *arguments]) != 0:
             response.error = "grpc_tools.protoc failed; its message is above"
             return response
@@ -34,4 +39,6 @@ def generate(request: CodeGeneratorRequest) -> CodeGeneratorResponse:
 
 
 if __name__ == "__main__":
-    sys.stdout.buffer.write(generate(CodeGeneratorRequest.FromString(sys.stdin.buffer.read())).SerializeToString())
+    sys.stdout.buffer.write(
+        generate(CodeGeneratorRequest.FromString(sys.stdin.buffer.read())).SerializeToString()
+    )
