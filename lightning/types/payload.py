@@ -49,7 +49,7 @@ def decode_payload(data: bytes, name: str = "payload") -> JsonValue:
     """Decode UTF-8 JSON into a fresh value that nothing else refers to.
 
     Raises:
-        ValueError: `data` is not UTF-8 JSON, or holds NaN, an infinity or a lone surrogate. `name` says what it was.
+        ValueError: `data` is not UTF-8 JSON, or holds NaN or an infinity. `name` says what it was.
     """
     try:
         value = json.loads(data, parse_constant=_refuse_constant)
