@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict
 from typing import Any, Literal
 
@@ -48,14 +49,16 @@ def agent(task: dict[str, int], policy: CartPolePolicy, rollout: AttemptedRollou
         )
     weights = PolicyWeights.from_lists(policy.weights)
     tracer = trace.get_tracer("lightning.demo")
-    segments = play_episode(weights, task["seed"], greedy=rollout.mode == "val")
     episode_return, ended = 0.0, False
-    while not ended:
-        with tracer.start_as_current_span(_SPAN_NAME) as span:
-            segment = next(segments)
-            span.set_attributes({_ATTRIBUTE_PREFIX + name: value for name, value in asdict(segment).items()})
-        episode_return += sum(segment.rewards)
-        ended = segment.final
+    with closing(play_episode(weights, task["seed"], greedy=rollout.mode == "val")) as segments:
+        while not ended:
+            with tracer.start_as_current_span(_SPAN_NAME) as span:
+                segment = next(segments)
+                span.set_attributes(
+                    {_ATTRIBUTE_PREFIX + name: value for name, value in asdict(segment).items()}
+                )
+            episode_return += sum(segment.rewards)
+            ended = segment.final
     return episode_return
 
 

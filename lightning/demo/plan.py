@@ -13,13 +13,13 @@ import numpy as np
 class TrainingPlan:
     """How long to train and how often to look. With the defaults about 10 iterations solve CartPole."""
 
-    max_iterations: int = 60
+    max_iterations: int = 30
     episodes_per_iteration: int = 16
-    iterations_per_validation: int = 3
+    iterations_per_validation: int = 2
     validation_episodes: int = 20
     solved_return: float = 490.0
     """A validation with at least this mean return counts as solved; the environment's best is 500."""
-    validations_to_stop: int = 2
+    validations_to_stop: int = 3
     """Stop after so many solved validations in a row."""
 
     def validates(self, iteration: int) -> bool:
