@@ -1,0 +1,1 @@
+"""Training: algorithms, adapters, and the trainer that runs them."""
