@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 from lightning.store import lifecycle
 from lightning.store.arguments import (
@@ -159,8 +160,8 @@ class ReadingVerbs(EngineCore):
         spans = [span.to_span() for span in found]
         spans.sort(key=lambda s: (order[s.attempt_id], s.sequence_id, s.start_time or 0.0, s.end_time or 0.0))
         matches = [span for span in spans if filters.match(span)]
-        if page.sort_by == "sequence_id" and not page.descending:
-            return page.paginated(page.cut(matches), len(matches))  # attempt by attempt, as they are
+        if page.sort_by == "sequence_id":
+            page = replace(page, sort_by=None)  # attempt by attempt: the order they are in
         return page.result(matches)
 
     async def query_resources(

@@ -23,8 +23,9 @@ class Resource(BaseModel):
     ```
     """
 
-    # fields of a newer release must survive being read and written back by an older one
-    model_config = ConfigDict(extra="allow")
+    # Fields of a newer release must survive being read and written back by an older one. NaN must not silently become
+    # null: as itself it is refused where JSON is made.
+    model_config = ConfigDict(extra="allow", ser_json_inf_nan="constants")
 
     resource_type: str
 
