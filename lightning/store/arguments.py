@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from lightning.store.contract import UnknownIdError
 from lightning.store.records import ConfigRecord
 from lightning.types import RolloutConfig
 
@@ -19,12 +20,16 @@ def quote(text: str) -> str:
     return repr(text if len(text) <= 200 else text[:200] + "…") if isinstance(text, str) else repr(text)
 
 
-def unknown_rollout(rollout_id: str) -> ValueError:
-    return ValueError(f"unknown rollout {quote(rollout_id)}")
+def unknown_rollout(rollout_id: str) -> UnknownIdError:
+    return UnknownIdError(f"unknown rollout {quote(rollout_id)}")
 
 
-def unknown_attempt(rollout_id: str, attempt_id: str) -> ValueError:
-    return ValueError(f"unknown attempt {quote(attempt_id)} of rollout {quote(rollout_id)}")
+def unknown_attempt(rollout_id: str, attempt_id: str) -> UnknownIdError:
+    return UnknownIdError(f"unknown attempt {quote(attempt_id)} of rollout {quote(rollout_id)}")
+
+
+def unknown_resources(resources_id: str) -> UnknownIdError:
+    return UnknownIdError(f"unknown resources {quote(resources_id)}")
 
 
 def config_record(config: RolloutConfig | None) -> ConfigRecord:

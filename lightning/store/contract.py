@@ -6,7 +6,8 @@ uses one, locally or over gRPC, calls these and nothing else.
 Rules that hold for every verb:
 
 - It is a coroutine, and atomic: callers never see half of it.
-- An unknown identifier raises `ValueError` naming it, unless the verb is a `get_…` that returns `None`.
+- An unknown identifier raises `ValueError` naming it (`UnknownIdError`, where it is a store of ours), unless the verb
+  is a `get_…` that returns `None`.
 - Payloads (`input`, `metadata`, `heartbeat_stats`) are JSON values, see `lightning.types.payload`; what cannot be
   stored is refused with `TypeError` or `ValueError` before anything changes.
 - Records that go in and come out are copies.
@@ -60,6 +61,10 @@ TERMINAL_ATTEMPT_STATUSES: frozenset[str] = frozenset(
 
 _CLAIM_POLL_SECONDS = 0.05
 """How often the default `claim_rollouts` looks, for stores that cannot tell when work arrives."""
+
+
+class UnknownIdError(ValueError):
+    """An identifier that the store does not know. The message names it."""
 
 
 class LightningStore(ABC):

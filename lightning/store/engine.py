@@ -20,9 +20,9 @@ from lightning.store.arguments import (
     check_time,
     check_worker_id,
     config_record,
-    quote,
     require_choice,
     unknown_attempt,
+    unknown_resources,
     unknown_rollout,
 )
 from lightning.store.core import QUEUE
@@ -230,7 +230,7 @@ class StoreEngine(ReadingVerbs):
         if not isinstance(resources_id, str):
             raise TypeError(f"resources_id must be a string, not {type(resources_id).__name__}")
         if self._validate_resources and await self._persistence.get_resources(resources_id, None) is None:
-            raise ValueError(f"unknown resources {quote(resources_id)}")
+            raise unknown_resources(resources_id)
 
     # --- Recording what happened -------------------------------------------------------------------------------
 
@@ -338,7 +338,7 @@ class StoreEngine(ReadingVerbs):
         while True:
             newest = await self._persistence.get_resources(resources_id, None)
             if newest is None:
-                raise ValueError(f"unknown resources {quote(resources_id)}")
+                raise unknown_resources(resources_id)
             repeated = await self._published_before(newest, digest)
             if repeated is not None:
                 return repeated.to_update()

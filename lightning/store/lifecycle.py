@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lightning.store.contract import TERMINAL_ATTEMPT_STATUSES, TERMINAL_ROLLOUT_STATUSES
+from lightning.store.contract import TERMINAL_ATTEMPT_STATUSES, TERMINAL_ROLLOUT_STATUSES, UnknownIdError
 from lightning.store.records import AttemptRecord, Lease, RolloutRecord, SpanRecord, WorkerRecord
 from lightning.types import AttemptStatus, RolloutStatus, WorkerStatus
 
@@ -270,7 +270,7 @@ def _require_attempt(record: RolloutRecord, attempt_id: str) -> AttemptRecord:
     if attempt is None:
         if attempt_id == "latest":
             raise ValueError(f"rollout {record.rollout_id!r} has no attempts yet")
-        raise ValueError(f"unknown attempt {attempt_id!r} of rollout {record.rollout_id!r}")
+        raise UnknownIdError(f"unknown attempt {attempt_id!r} of rollout {record.rollout_id!r}")
     return attempt
 
 
