@@ -31,7 +31,6 @@ from lightning.store.queries import (
 )
 from lightning.store.records import (
     ResourcesRecord,
-    RolloutRecord,
     WorkerRecord,
 )
 from lightning.types import (
@@ -237,28 +236,25 @@ class ReadingVerbs(EngineCore):
         now = await self._enter()
         until = None if wait is None else now + wait
         wanted = list(dict.fromkeys(rollout_ids))
-        finished: dict[str, RolloutRecord] = {}
+        time_is_up = wait == 0
         with self._broker.subscribe([("finished", rollout_id) for rollout_id in wanted]) as subscription:
-            look_at: Sequence[str] = wanted
-            known: dict[str, RolloutRecord] | None = None
             while True:
-                records = await self._persistence.get_rollouts(look_at)
-                if known is None:
-                    known = records
-                    for rollout_id in wanted:
-                        if rollout_id not in known:
-                            raise unknown_rollout(rollout_id)
-                finished.update((i, record) for i, record in records.items() if lifecycle.is_finished(record))
-                if len(finished) == len(wanted) or wait == 0:
+                # all of them every time: one that had ended may have been queued again
+                records = await self._persistence.get_rollouts(wanted)
+                for rollout_id in wanted:
+                    if rollout_id not in records:
+                        raise unknown_rollout(rollout_id)
+                pending = {
+                    rollout_id for rollout_id in wanted if not lifecycle.is_finished(records[rollout_id])
+                }
+                if time_is_up or not pending:
                     return [
-                        finished[rollout_id].to_rollout() for rollout_id in wanted if rollout_id in finished
+                        records[rollout_id].to_rollout() for rollout_id in wanted if rollout_id not in pending
                     ]
-                fired = await subscription.wait(until)
-                if fired:
-                    look_at = [topic[1] for topic in fired]  # type: ignore[index]  # the topics subscribed to above
-                else:
-                    wait = 0  # the time is up: one last look at all that is missing
-                    look_at = [rollout_id for rollout_id in wanted if rollout_id not in finished]
+                while pending and not time_is_up:
+                    fired = await subscription.wait(until)
+                    pending.difference_update(topic[1] for topic in fired)  # type: ignore[index]  # as subscribed to
+                    time_is_up = not fired
 
 
 def as_worker(record: WorkerRecord, now: float) -> Worker:

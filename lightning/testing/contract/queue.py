@@ -212,7 +212,7 @@ class QueueContract(StoreTheme):
         ("arguments", "mentions"),
         [({"limit": 0}, "limit"), ({"timeout": -1.0}, "timeout"), ({"timeout": float("nan")}, "timeout")],
     )
-    async def test_a_wait_that_means_nothing_is_refused(
+    async def test_a_claim_that_means_nothing_is_refused(
         self, store: LightningStore, arguments: dict[str, Any], mentions: str
     ) -> None:
         with refused(ValueError, mentions):

@@ -124,7 +124,7 @@ class UpdateContract(StoreTheme):
                     await store.update_rollout(rollout.rollout_id, **arguments)
         assert await everything(store) == before
 
-    async def test_an_unknown_rollout_is_refused(self, store: LightningStore) -> None:
+    async def test_an_unknown_rollout_is_not_updated(self, store: LightningStore) -> None:
         with refused(ValueError, UNKNOWN_ROLLOUT):
             await store.update_rollout(UNKNOWN_ROLLOUT, status="cancelled")
         with refused(ValueError, UNKNOWN_ROLLOUT):
