@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from lightning.store.backends import InMemoryLightningStore
+from lightning.store.backends import InMemoryLightningStore, SQLiteLightningStore
 from lightning.store.contract import LightningStore
 from lightning.store.threaded import LightningStoreThreaded
 
-__all__ = ["InMemoryLightningStore", "LightningStore", "LightningStoreThreaded"]
+__all__ = ["InMemoryLightningStore", "LightningStore", "LightningStoreThreaded", "SQLiteLightningStore"]

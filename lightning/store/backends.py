@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import psutil
 
 from lightning.store.clock import Clock
 from lightning.store.engine import StoreEngine
 from lightning.store.persistence.memory import MemoryPersistence
+from lightning.store.persistence.sqlite import SQLitePersistence
+from lightning.store.persistence.sqlite_file import Durability
 
 _DEFAULT_EVICTION_FRACTION = 0.7
 _DEFAULT_SAFE_FRACTION = 0.8
@@ -58,6 +62,36 @@ class InMemoryLightningStore(StoreEngine):
         persistence = MemoryPersistence(
             eviction_threshold_bytes=eviction, safe_threshold_bytes=safe, capacity_bytes=capacity
         )
+        super().__init__(persistence, clock=clock, validate_resources=validate_resources)
+
+
+class SQLiteLightningStore(StoreEngine):
+    """A store in one SQLite file: no server to run, and what it acknowledged survives `kill -9` and power failures.
+
+    The file is opened by the first call, or by `open`; what is in the way then raises `BackendOpenError`: another store
+    that has it open, a file that is no database or of a newer version, a place that cannot be written or is on a
+    network. A call that cannot be written for want of room raises `BackendFullError`, and changes nothing.
+
+    Args:
+        path: The file, made if there is none; `":memory:"` keeps everything in memory.
+        durability: What a power failure may take: with `"full"` nothing that was acknowledged, with `"normal"`, which
+            is faster, the last moments before it.
+        validate_resources: See `StoreEngine`.
+        clock: See `StoreEngine`.
+
+    Raises:
+        ValueError: Another `durability`.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        durability: Durability = "full",
+        validate_resources: bool = True,
+        clock: Clock | None = None,
+    ) -> None:
+        persistence = SQLitePersistence(path, durability=durability)
         super().__init__(persistence, clock=clock, validate_resources=validate_resources)
 
 

@@ -54,6 +54,25 @@ class SpansEvictedError(RuntimeError):
     """Spans that were asked for had been dropped to keep memory within its limit."""
 
 
+class BackendError(RuntimeError):
+    """The backend could not do its work, through no fault of the caller's. Nothing was changed.
+
+    ```
+    BackendError
+    ├── BackendOpenError   the backend cannot be opened: the message says what is in the way
+    └── BackendFullError   there is no room left; works again when there is
+    ```
+    """
+
+
+class BackendOpenError(BackendError):
+    """The place where records rest cannot be opened, or must not be."""
+
+
+class BackendFullError(BackendError):
+    """There is no room left where records rest."""
+
+
 class Persistence(ABC):
     """A backend. Every method is atomic and, once it has returned, as durable as the backend is."""
 

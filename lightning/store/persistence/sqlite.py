@@ -1,0 +1,467 @@
+"""Records in one SQLite file: no server to run, and what was acknowledged survives `kill -9` and a power failure.
+
+One thread writes, and commits all writes that wait for it together (`sqlite_writer`); reads go past it on connections
+of their own (`sqlite_readers`), for SQLite's write-ahead log lets them. A write is a function that is called in the
+writer's thread with the current record: reading it, asking the transition, and storing what came of it is one
+transaction. The numbers that order things are given out there, too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+import threading
+import weakref
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+
+from lightning.store import lifecycle
+from lightning.store.persistence import sqlite_rows as rows
+from lightning.store.persistence.abc import (
+    ClaimTransition,
+    Persistence,
+    RolloutChange,
+    RolloutTransition,
+    SpanTransition,
+    Totals,
+    WorkerTransition,
+)
+from lightning.store.persistence.sqlite_file import (
+    Durability,
+    FileLock,
+    check_place,
+    open_reader,
+    open_writer,
+    snapshot,
+)
+from lightning.store.persistence.sqlite_readers import Read, ReadPool
+from lightning.store.persistence.sqlite_rows import StoredRollout
+from lightning.store.persistence.sqlite_search import STATUS_COUNTER, find_rollouts, is_text
+from lightning.store.persistence.sqlite_statements import insert, select, select_many, update
+from lightning.store.persistence.sqlite_writer import GroupCommitWriter, Session
+from lightning.store.queries import RolloutQuery
+from lightning.store.records import (
+    AttemptRecord,
+    ResourcesRecord,
+    RolloutRecord,
+    SpanReceipt,
+    SpanRecord,
+    WorkerRecord,
+)
+
+T = TypeVar("T")
+
+IN_MEMORY = ":memory:"
+_LARGEST_INTEGER = 2**63 - 1
+_MAX_LOOKUPS_AT_ONCE = 64
+"""More are not looked up on the caller's event loop but in a thread."""
+
+
+class SQLitePersistence(Persistence):
+    """Keeps records in a SQLite database.
+
+    Args:
+        path: The file, which is created if there is none; `":memory:"` keeps everything in memory.
+        durability: What a power failure may take: with `"full"` nothing that was acknowledged, with `"normal"` the
+            last moments before it. The end of the process, however sudden, takes nothing from either.
+    """
+
+    name = "sqlite"
+
+    def __init__(self, path: str | Path, *, durability: Durability = "full") -> None:
+        if durability not in ("full", "normal"):
+            raise ValueError(f"durability must be 'full' or 'normal', not {durability!r}")
+        self._path = None if str(path) == IN_MEMORY else Path(path).expanduser().resolve()
+        self.durable = self._path is not None
+        self._durability = durability
+        self._opening = threading.Lock()
+        self._opened: _Opened | None = None
+
+    async def open(self) -> None:
+        """Open the file and bring its schema up to date. Harmless when called twice, or by several callers.
+
+        Raises:
+            BackendOpenError: It cannot be opened, or another store has it open.
+        """
+        with self._opening:
+            if self._opened is None:
+                self._opened = _Opened(self._path, self._durability)
+            opened = self._opened
+        try:
+            await asyncio.wrap_future(opened.writer.opened)
+        except Exception:
+            with self._opening:
+                if self._opened is opened:
+                    self._opened = None
+            raise
+        opened.close_with(self)
+
+    async def close(self) -> None:
+        with self._opening:
+            opened = self._opened
+        if opened is not None:
+            opened.writer.stop()
+            await asyncio.wrap_future(opened.writer.closed)
+            opened.writer.join()
+
+    @property
+    def _writer(self) -> GroupCommitWriter:
+        assert self._opened is not None, "open() comes first"
+        return self._opened.writer
+
+    async def _look(self, read: Read[T]) -> T:
+        """A look-up that takes microseconds."""
+        readers = self._opened.readers if self._opened else None
+        if readers is None:  # in memory: there is one connection, and it is the writer's
+            return await self._writer.submit(lambda session: read(session.connection))
+        return readers.look(read)
+
+    async def _search(self, read: Read[T]) -> T:
+        """A read that may take long."""
+        readers = self._opened.readers if self._opened else None
+        if readers is None:
+            return await self._writer.submit(lambda session: read(session.connection))
+        return await readers.search(read)
+
+    # --- rollouts ---
+
+    async def insert_rollouts(self, records: Sequence[RolloutRecord]) -> list[RolloutRecord]:
+        return await self._writer.submit(lambda session: _insert_rollouts(session, records))
+
+    async def get_rollout(self, rollout_id: str) -> RolloutRecord | None:
+        return (await self.get_rollouts([rollout_id])).get(rollout_id)
+
+    async def get_rollouts(self, rollout_ids: Sequence[str]) -> dict[str, RolloutRecord]:
+        wanted = [rollout_id for rollout_id in rollout_ids if is_text(rollout_id)]
+        few = len(wanted) <= _MAX_LOOKUPS_AT_ONCE
+        return await (self._look if few else self._search)(lambda connection: _by_id(connection, wanted))
+
+    async def get_rollout_of_attempt(self, attempt_id: str) -> RolloutRecord | None:
+        if not is_text(attempt_id):
+            return None
+
+        def read(connection: sqlite3.Connection) -> RolloutRecord | None:
+            with snapshot(connection):
+                found = rows.read_rollouts(
+                    connection, select(connection, "rollout_by_attempt_id", attempt_id)
+                )
+            return found[0].record if found else None
+
+        return await self._look(read)
+
+    async def change_rollout(self, rollout_id: str, transition: RolloutTransition) -> RolloutChange | None:
+        if not is_text(rollout_id):
+            return None
+
+        def change(session: Session) -> RolloutChange | None:
+            stored = rows.rollout_by_id(session.connection, rollout_id)
+            return None if stored is None else _replace(session, stored, transition(stored.record))
+
+        return await self._writer.submit(change)
+
+    async def claim_rollouts(self, limit: int, transition: ClaimTransition) -> list[RolloutChange]:
+        def claim(session: Session) -> list[RolloutChange]:
+            heads = rows.read_rollouts(
+                session.connection,
+                select(session.connection, "head_of_queue", min(limit, _LARGEST_INTEGER)),
+            )
+            claimed = [transition(head.record, taken) for taken, head in enumerate(heads)]
+            return [_replace(session, head, after) for head, after in zip(heads, claimed, strict=True)]
+
+        return await self._writer.submit(claim)
+
+    async def find_rollouts(self, query: RolloutQuery) -> tuple[list[RolloutRecord], int]:
+        return await self._search(lambda connection: find_rollouts(connection, query))
+
+    async def due_rollouts(self, now: float, limit: int) -> list[str]:
+        return await self._look(
+            lambda connection: [row[0] for row in select(connection, "due_rollouts", now, limit)]
+        )
+
+    async def first_deadline(self) -> float | None:
+        def read(connection: sqlite3.Connection) -> float | None:
+            row = select(connection, "first_deadline").fetchone()
+            return None if row is None else row[0]
+
+        return await self._look(read)
+
+    # --- spans ---
+
+    async def append_spans(
+        self, rollout_id: str, attempt_id: str, spans: Sequence[SpanRecord], transition: SpanTransition
+    ) -> tuple[RolloutChange, list[SpanReceipt]] | None:
+        if not is_text(rollout_id):
+            return None
+
+        def append(session: Session) -> tuple[RolloutChange, list[SpanReceipt]] | None:
+            stored = rows.rollout_by_id(session.connection, rollout_id)
+            return None if stored is None else _append_spans(session, stored, attempt_id, spans, transition)
+
+        return await self._writer.submit(append)
+
+    async def find_spans(self, rollout_id: str, attempt_ids: Sequence[str]) -> list[SpanRecord]:
+        def read(connection: sqlite3.Connection) -> list[SpanRecord]:
+            found: list[SpanRecord] = []
+            with snapshot(connection):
+                for attempt_id in attempt_ids:
+                    # sorted here, for SQLite would carry the payloads along while it sorts
+                    in_order = sorted(select(connection, "spans_of_attempt", attempt_id, rollout_id))
+                    found.extend(
+                        SpanRecord(attempt_id, span_id, sequence_id, payload)
+                        for sequence_id, _, span_id, payload in in_order
+                    )
+            return found
+
+        return await self._search(read)
+
+    # --- resources ---
+
+    async def insert_resources(self, record: ResourcesRecord) -> bool:
+        return await self._writer.submit(lambda session: _insert_resources(session, record))
+
+    async def get_resources(self, resources_id: str, version: int | None) -> ResourcesRecord | None:
+        if not is_text(resources_id):
+            return None
+        if version is None:
+            return await self._one_resources("newest_resources", resources_id)
+        if not 1 <= version <= _LARGEST_INTEGER:
+            return None
+        return await self._one_resources("resources_by_version", resources_id, version)
+
+    async def get_latest_resources(self) -> ResourcesRecord | None:
+        return await self._one_resources("latest_resources")
+
+    async def _one_resources(self, statement: str, *values: str | int) -> ResourcesRecord | None:
+        def read(connection: sqlite3.Connection) -> ResourcesRecord | None:
+            with snapshot(connection):
+                return rows.read_resources(connection, select(connection, statement, *values).fetchone())
+
+        return await self._look(read)
+
+    async def find_resources(self) -> list[ResourcesRecord]:
+        def read(connection: sqlite3.Connection) -> list[ResourcesRecord]:
+            with snapshot(connection):
+                versions = select(connection, "all_resources").fetchall()
+                found = (rows.read_resources(connection, version) for version in versions)
+                return [record for record in found if record is not None]
+
+        return await self._search(read)
+
+    # --- workers ---
+
+    async def change_worker(self, worker_id: str, transition: WorkerTransition) -> WorkerRecord:
+        return await self._writer.submit(lambda session: _change_worker(session, worker_id, transition))
+
+    async def get_worker(self, worker_id: str) -> WorkerRecord | None:
+        if not is_text(worker_id):
+            return None
+
+        def read(connection: sqlite3.Connection) -> WorkerRecord | None:
+            row = select(connection, "worker_by_id", worker_id).fetchone()
+            return None if row is None else rows.read_worker(row)
+
+        return await self._look(read)
+
+    async def find_workers(self) -> list[WorkerRecord]:
+        return await self._search(
+            lambda connection: [rows.read_worker(row) for row in select(connection, "all_workers")]
+        )
+
+    # --- about itself ---
+
+    async def totals(self) -> Totals:
+        counters = await self._look(lambda connection: dict(select(connection, "counters")))
+        by_status = {
+            name[len(STATUS_COUNTER) :]: count
+            for name, count in counters.items()
+            if name.startswith(STATUS_COUNTER) and count
+        }
+        return Totals(
+            rollouts_by_status=by_status,
+            attempts=counters.get("attempts", 0),
+            spans=counters.get("spans", 0),
+            resources=counters.get("resources", 0),
+            workers=counters.get("workers", 0),
+            span_bytes=counters.get("span_bytes", 0),
+        )
+
+
+class _Opened:
+    """An open database: who holds the file, who writes, who reads."""
+
+    def __init__(self, path: Path | None, durability: Durability) -> None:
+        self._path = path
+        self._durability: Durability = durability
+        self._lock: FileLock | None = None
+        self._finalizer: weakref.finalize[..., SQLitePersistence] | None = None
+        self.readers = None if path is None else ReadPool(lambda: open_reader(path))
+        self.writer = GroupCommitWriter(self._open, self._close)
+
+    def close_with(self, owner: SQLitePersistence) -> None:
+        """Close when `owner` is forgotten without having been closed, or when the interpreter ends."""
+        if self._finalizer is None:
+            self._finalizer = weakref.finalize(owner, _stop, self.writer)
+
+    def _open(self) -> sqlite3.Connection:
+        if self._path is None:
+            return open_writer(None, self._durability)
+        check_place(self._path)
+        self._lock = FileLock(self._path)
+        try:
+            return open_writer(self._path, self._durability)
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def _close(self, connection: sqlite3.Connection) -> None:
+        with ExitStack() as stack:
+            if self._lock is not None:
+                stack.callback(self._lock.release)
+            stack.callback(connection.close)  # as the last one it works the log into the file and removes it
+            if self.readers is not None:
+                stack.callback(self.readers.close)
+
+
+def _stop(writer: GroupCommitWriter) -> None:
+    writer.stop()
+    writer.join()
+
+
+def _by_id(connection: sqlite3.Connection, rollout_ids: Sequence[str]) -> dict[str, RolloutRecord]:
+    with snapshot(connection):
+        found = rows.read_rollouts(connection, select_many(connection, "rollouts_by_id", rollout_ids))
+    return {stored.record.rollout_id: stored.record for stored in found}
+
+
+# --- Writes, in the writer's thread and within its transaction ----------------------------------------------------
+
+
+def _insert_rollouts(session: Session, records: Sequence[RolloutRecord]) -> list[RolloutRecord]:
+    connection, counters = session.connection, session.counters
+    ids = [record.rollout_id for record in records]
+    known = [row[0] for row in select_many(connection, "known_rollout_ids", ids)]
+    stored = _by_id(connection, known) if known else {}
+    new: list[StoredRollout] = []
+    for record in records:
+        if record.rollout_id not in stored:
+            record = replace(record, revision=counters.add("revision"))
+            stored[record.rollout_id] = record
+            position = counters.add("queue_position") if lifecycle.is_queued(record) else None
+            new.append(StoredRollout(counters.add("ordinal"), position, record))
+            counters.add(STATUS_COUNTER + record.status)
+    insert(
+        connection,
+        "insert_rollouts",
+        (
+            (item.ordinal, item.record.rollout_id, *rows.rollout_values(item.record, item.queue_position))
+            for item in new
+        ),
+    )
+    insert(connection, "insert_payloads", ((item.ordinal, *rows.payload_values(item.record)) for item in new))
+    for item in new:
+        _insert_attempts(session, item.ordinal, item.record.attempts)
+    return [stored[rollout_id] for rollout_id in ids]
+
+
+def _insert_attempts(session: Session, ordinal: int, attempts: Iterable[AttemptRecord]) -> None:
+    values = [(ordinal, *rows.attempt_values(attempt)) for attempt in attempts]
+    if values:
+        insert(session.connection, "insert_attempts", values)
+        session.counters.add("attempts", len(values))
+
+
+def _replace(session: Session, stored: StoredRollout, after: RolloutRecord) -> RolloutChange:
+    """Store what became of a rollout, writing only what is different."""
+    connection, counters, before = session.connection, session.counters, stored.record
+    if after is before:
+        return RolloutChange(before, before)
+    after = replace(after, revision=counters.add("revision"))
+    position = stored.queue_position
+    if after.status != before.status:
+        counters.add(STATUS_COUNTER + before.status, -1)
+        counters.add(STATUS_COUNTER + after.status)
+        if not lifecycle.is_queued(after):
+            position = None
+        elif position is None:
+            position = counters.add("queue_position")
+    key = {"ordinal": stored.ordinal}
+    values = rows.rollout_values(before, stored.queue_position), rows.rollout_values(after, position)
+    update(connection, "rollout", rows.ROLLOUT_COLUMNS, *values, key)
+    payload = rows.payload_values(before), rows.payload_values(after)
+    update(connection, "rollout_payload", rows.PAYLOAD_COLUMNS, *payload, key)
+    for old, new in zip(before.attempts, after.attempts, strict=False):
+        if old is not new:
+            place = {"rollout": stored.ordinal, "sequence_id": old.sequence_id}
+            columns = rows.attempt_values(old), rows.attempt_values(new)
+            update(connection, "attempt", rows.ATTEMPT_COLUMNS, *columns, place)
+    _insert_attempts(session, stored.ordinal, after.attempts[len(before.attempts) :])
+    return RolloutChange(before, after)
+
+
+def _append_spans(
+    session: Session,
+    stored: StoredRollout,
+    attempt_id: str,
+    spans: Sequence[SpanRecord],
+    transition: SpanTransition,
+) -> tuple[RolloutChange, list[SpanReceipt]]:
+    connection, counters = session.connection, session.counters
+    attempt = stored.record.find_attempt(attempt_id)
+    known: set[str] = set()
+    if attempt is not None and attempt.last_span_sequence_id:  # else it has none yet
+        ids = [span.span_id for span in spans]
+        found = select_many(connection, "known_span_ids", ids, stored.ordinal, attempt.sequence_id)
+        known = {span_id for (span_id,) in found}
+    fresh: dict[str, SpanRecord] = {}
+    for span in spans:
+        if span.span_id not in known:
+            fresh.setdefault(span.span_id, span)
+    after, sequence_ids = transition(stored.record, list(fresh.values()))
+    numbers = dict(zip(fresh, sequence_ids, strict=True))
+    if fresh and attempt is not None:
+        place = (stored.ordinal, attempt.sequence_id)
+        values = ((*place, span_id, numbers[span_id], span.payload) for span_id, span in fresh.items())
+        insert(connection, "insert_spans", values)
+        counters.add("spans", len(fresh))
+        counters.add("span_bytes", sum(len(span.payload) for span in fresh.values()))
+    change = _replace(session, stored, after)
+    receipts = []
+    for span in spans:
+        sequence_id = numbers.pop(span.span_id, None)
+        receipts.append(SpanReceipt(sequence_id or 0, sequence_id is not None))
+    return change, receipts
+
+
+def _insert_resources(session: Session, record: ResourcesRecord) -> bool:
+    connection = session.connection
+    (newest,) = select(connection, "newest_version", record.resources_id).fetchone()
+    if record.version != (newest or 0) + 1:
+        return False
+    inserted = connection.execute(
+        "INSERT INTO resources (resources_id, version, create_time, update_time, request_digest) "
+        "VALUES (?, ?, ?, ?, ?)",
+        (record.resources_id, record.version, record.create_time, record.update_time, record.request_digest),
+    )
+    named = ((inserted.lastrowid, position, *item) for position, item in enumerate(record.resources))
+    insert(connection, "insert_resource", named)
+    session.counters.add("resources")
+    return True
+
+
+def _change_worker(session: Session, worker_id: str, transition: WorkerTransition) -> WorkerRecord:
+    connection = session.connection
+    row = select(connection, "worker_by_id", worker_id).fetchone()
+    before = WorkerRecord(worker_id) if row is None else rows.read_worker(row)
+    after = transition(before)
+    values = rows.worker_values(after)
+    if row is None:
+        insert(connection, "insert_workers", [(None, worker_id, *values)])
+        session.counters.add("workers")
+    elif after is not before:
+        update(
+            connection, "worker", rows.WORKER_COLUMNS, rows.worker_values(before), values, {"ordinal": row[0]}
+        )
+    return after
