@@ -85,6 +85,10 @@ class Algorithm(ABC):
         """Say what `get_initial_resources` returns. This does not publish them."""
         self._initial_resources = resources
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What belongs to a run does not travel."""
+        return {name: value for name, value in vars(self).items() if name not in ("_store", "_thread_runner")}
+
     def run_async(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """For a `run` that is no coroutine: have the job's event loop execute `coroutine`, and wait for its result.
 
@@ -106,13 +110,12 @@ class Algorithm(ABC):
         if inspect.iscoroutinefunction(self.run):
             await self.run(train_dataset=train_dataset, val_dataset=val_dataset)
             return
-        self._thread_runner = _ThreadRunner(asyncio.get_running_loop())
+        thread = self._thread_runner = _ThreadRunner(asyncio.get_running_loop())
         try:
-            result = await self._thread_runner.run(
-                lambda: self.run(train_dataset=train_dataset, val_dataset=val_dataset)
-            )
+            result = await thread.run(lambda: self.run(train_dataset=train_dataset, val_dataset=val_dataset))
         finally:
-            self._thread_runner = None
+            if thread.ended.is_set():  # one that was left behind is still to be told that it is cancelled
+                self._thread_runner = None
         if inspect.isawaitable(result):  # a coroutine function behind a decorator that hides it
             await result
 
@@ -170,12 +173,13 @@ class _ThreadRunner:
         self._loop_thread_id = threading.get_ident()
         self._lock = threading.Lock()
         self._stopped = False
+        self.ended = asyncio.Event()
+        """Set when the function has returned or raised."""
         self._calls: set[concurrent.futures.Future[Any]] = set()
 
     async def run(self, function: Callable[[], T]) -> T:
         """Call `function` in a new thread. When this is cancelled, so are the calls that the thread waits for."""
         outcome: concurrent.futures.Future[T] = concurrent.futures.Future()
-        ended = asyncio.Event()
 
         def main() -> None:
             try:
@@ -184,11 +188,11 @@ class _ThreadRunner:
                 outcome.set_exception(error)
             with self._lock:
                 if not self._stopped:
-                    self._loop.call_soon_threadsafe(ended.set)
+                    self._loop.call_soon_threadsafe(self.ended.set)
 
         threading.Thread(target=main, name="lightning-algorithm", daemon=True).start()
         try:
-            await ended.wait()
+            await self.ended.wait()
         finally:
             self._stop()
         return outcome.result()

@@ -17,16 +17,20 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import re
 import sys
 import traceback
 from collections.abc import Callable, Mapping
 from functools import reduce
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
-T = TypeVar("T")
+from lightning.agents import Agent, as_agent
+from lightning.store.contract import LightningStore
+from lightning.store.forwarding import complete
 
+_ADDRESS = re.compile(r"((grpc|http)://)?[^/\s]+:\d+/?")
 _NO_ALIASES: Mapping[str, str] = {}
 _NO_OPTIONS: Mapping[str, Any] = {}
 
@@ -34,11 +38,11 @@ _NO_OPTIONS: Mapping[str, Any] = {}
 def build_component(
     parameter: str,
     given: Any,
-    base: type[T],
+    base: type,
     *,
     aliases: Mapping[str, str] = _NO_ALIASES,
     options: Mapping[str, Any] = _NO_OPTIONS,
-) -> T:
+) -> Any:
     """Turn any of the forms above into an instance of `base`.
 
     Args:
@@ -69,6 +73,47 @@ def build_component(
     if inspect.isclass(maker):
         arguments = {**arguments, **_taken(maker, options)}
     return _make(parameter, given, maker, base, arguments)
+
+
+def build_agent(parameter: str, given: Any) -> Agent:
+    """As `build_component`, for agents: a function that is none yet is made one.
+
+    Raises:
+        TypeError: It can be no agent.
+        ValueError: A path leads nowhere.
+    """
+    if isinstance(given, str):
+        given = load_object(parameter, given)
+    if isinstance(given, Mapping) or inspect.isclass(given):
+        agent: Agent = build_component(parameter, given, Agent)
+        return agent
+    try:
+        return as_agent(given)
+    except TypeError as error:
+        raise TypeError(f"{parameter}={given!r} is not accepted: {error}") from None
+
+
+def build_store(parameter: str, given: Any) -> LightningStore:
+    """As `build_component`, for stores; the address of a server (`"host:port"`) makes a client of it, and an object
+    of another make that has a store's methods is taken for one.
+
+    Raises:
+        TypeError: It can be no store.
+        ValueError: An address cannot be read, or a path leads nowhere.
+    """
+    if isinstance(given, str) and _ADDRESS.fullmatch(given):
+        from lightning.rpc import LightningStoreClient
+
+        return LightningStoreClient(given)
+    if not callable(given) and hasattr(given, "enqueue_rollout"):
+        return complete(given)
+    store: LightningStore = build_component(parameter, given, LightningStore)
+    return store
+
+
+def is_store_url(given: Any) -> bool:
+    """Whether `given` is a text for `open_store`, and not an address or a dotted path."""
+    return isinstance(given, str) and not _ADDRESS.fullmatch(given) and "." not in given.partition(":")[0]
 
 
 def load_object(what: str, path: str) -> Any:
@@ -149,8 +194,13 @@ def _taken(maker: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, A
 
 
 def _make(
-    parameter: str, given: Any, maker: Callable[..., Any], base: type[T], arguments: Mapping[str, Any]
-) -> T:
+    parameter: str, given: Any, maker: Callable[..., Any], base: type, arguments: Mapping[str, Any]
+) -> Any:
+    if inspect.isabstract(maker):
+        lacks = ", ".join(sorted(getattr(maker, "__abstractmethods__", ())))
+        raise TypeError(
+            f"{parameter}={given!r} is not accepted: {maker.__name__} is abstract, it lacks {lacks}"
+        )
     signature = _signature(maker)
     try:
         if signature is not None:

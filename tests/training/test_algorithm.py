@@ -99,6 +99,16 @@ async def test_run_async_is_refused_outside_of_a_run() -> None:
     algorithm = Blocking()
     with pytest.raises(RuntimeError, match="run_async is for algorithms whose run"):
         algorithm.run_async(asyncio.sleep(0))
+    await algorithm.execute([], None)
+    with pytest.raises(RuntimeError, match="run_async is for algorithms whose run"):
+        algorithm.run_async(asyncio.sleep(0))
+
+
+async def test_what_belongs_to_a_run_does_not_travel() -> None:
+    algorithm = Waiting()
+    algorithm.set_store(InMemoryLightningStore())
+    assert "_store" not in algorithm.__getstate__()
+    assert "waiting" in algorithm.__getstate__()
 
 
 async def test_run_async_on_the_event_loop_is_refused_instead_of_hanging() -> None:
