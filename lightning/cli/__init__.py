@@ -1,0 +1,56 @@
+"""The command line. Each command has a file of its own and imports what it needs when it is called."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from lightning.cli.errors import run_reporting
+from lightning.cli.runner import run_runners
+from lightning.cli.store import serve_store
+
+app = typer.Typer(
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"lightning {version('agent-lightning-grpc')}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def lightning(
+    context: typer.Context,
+    _version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit."),
+    ] = False,
+) -> None:
+    """Train agents over gRPC: one store hands out work, runners on any machine do it, an algorithm learns from it.
+
+    A training by hand takes three terminals, or three machines:
+
+      [bold]lightning store[/]                         a store server
+      [bold]lightning runner agents.py:agent -n 2[/]   two runners of your agent
+      [bold]python train.py[/]                         your Trainer, at that store
+    """
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+app.command("store")(serve_store)
+app.command("runner")(run_runners)
+
+
+def main() -> None:
+    """What the console script `lightning` calls."""
+    sys.exit(run_reporting(lambda: app(prog_name="lightning", standalone_mode=False)))

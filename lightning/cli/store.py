@@ -1,0 +1,84 @@
+"""`lightning store`: a store server."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lightning.cli.errors import EXIT_USAGE, CommandError, reporting
+
+if TYPE_CHECKING:
+    from lightning.rpc import LightningStoreServer
+
+
+def serve_store(
+    host: Annotated[str, typer.Option(help="The address to listen at.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="The port; 0 picks a free one.")] = 4747,
+    backend: Annotated[
+        str,
+        typer.Option(metavar="BACKEND", help="What keeps the data: [bold]memory[/], until the server ends."),
+    ] = "memory",
+    insecure: Annotated[
+        bool,
+        typer.Option(
+            "--insecure",
+            help="Let other machines connect, without encryption or passwords: only where you trust the network.",
+        ),
+    ] = False,
+) -> None:
+    """Serve a store, until Ctrl-C or SIGTERM.
+
+    Algorithms and runners meet at it. When asked to end, it refuses new calls and finishes those under way.
+
+    Examples:
+
+      [bold]lightning store --port 4747[/]
+      [bold]lightning store --host 0.0.0.0 --insecure[/]   for runners on other machines
+    """
+    from lightning.rpc import LightningStoreServer
+    from lightning.rpc.address import is_loopback
+    from lightning.store.open import open_store
+
+    if not insecure and not is_loopback(host):
+        raise CommandError(
+            f"{host} can be reached from other machines, and nothing would be encrypted or protected; "
+            "add --insecure if you trust the network",
+            EXIT_USAGE,
+        )
+    with reporting(ValueError, exit_code=EXIT_USAGE):
+        server = LightningStoreServer(open_store(backend), host, port, allow_insecure=insecure)
+    with reporting(OSError):
+        asyncio.run(_serve(server, backend, host))
+
+
+async def _serve(server: LightningStoreServer, backend: str, host: str) -> None:
+    loop = asyncio.get_running_loop()
+    asked = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, asked.set)
+    try:
+        await server.start()
+        typer.echo(_welcome(server, backend, host))
+        await asked.wait()
+        typer.echo("ending: new calls are refused, those under way are finished")
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(number)  # asked again, it ends at once
+        await server.close()
+
+
+def _welcome(server: LightningStoreServer, backend: str, host: str) -> str:
+    from lightning.rpc.address import is_loopback
+
+    lines = [
+        f"store ({backend}) at {server.endpoint}, Ctrl-C ends it",
+        f"  runners:   lightning runner FILE.py:AGENT --connect {server.endpoint}",
+        f'  trainers:  Trainer(store="{server.endpoint}", strategy={{"type": "cs", "role": "algorithm"}}, …)',
+    ]
+    if not is_loopback(host):
+        lines.append(f"  elsewhere: the same with {socket.gethostname()}:{server.port}")
+    return "\n".join(lines)
