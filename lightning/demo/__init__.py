@@ -4,6 +4,7 @@
 adapter that reads its episodes back, `algorithm.py` the training loop, `view.py` what a person sees.
 Needs the extra `demo` (numpy, gymnasium, matplotlib).
 """
+
 from __future__ import annotations
 
 from lightning.demo.episodes import agent

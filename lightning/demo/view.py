@@ -36,11 +36,13 @@ class TrainingView:
     Args:
         console: Where to show it.
         title: What is being shown, in a few words.
+        hint: Shown as long as there are no workers; None for nothing.
     """
 
-    def __init__(self, console: Console, title: str) -> None:
+    def __init__(self, console: Console, title: str, hint: str | None = None) -> None:
         self._console = console
         self._title = title
+        self._hint = hint
         self._progress = Progress(
             TextColumn("iteration"),
             BarColumn(bar_width=None),
@@ -50,6 +52,12 @@ class TrainingView:
             expand=True,
         )
         self._task = self._progress.add_task("iteration", total=None)
+        self._rates = _Rates()
+        self._statistics: LightningStoreStatistics | None = None
+        self._workers: Sequence[Worker] = ()
+        self._returns: list[float] = []
+        self._validations: list[tuple[int, float]] = []
+        self._poll: asyncio.Task[None] | None = None
         self._live = Live(
             console=console,
             get_renderable=self._render,
@@ -57,12 +65,6 @@ class TrainingView:
             transient=True,
             redirect_stderr=False,
         )
-        self._rates = _Rates()
-        self._statistics: LightningStoreStatistics | None = None
-        self._workers: Sequence[Worker] = ()
-        self._returns: list[float] = []
-        self._validations: list[tuple[int, float]] = []
-        self._poll: asyncio.Task[None] | None = None
 
     def __enter__(self) -> TrainingView:
         if self._console.is_terminal:
@@ -79,6 +81,8 @@ class TrainingView:
     def started(self, store: LightningStore, plan: TrainingPlan) -> None:
         """See `TrainingObserver`."""
         self._progress.update(self._task, total=plan.max_iterations)
+        if self._hint is not None:
+            self._say(self._hint)
         self._poll = asyncio.get_running_loop().create_task(self._follow(store))
 
     def validated(self, iteration: int, mean_return: float) -> None:
@@ -116,7 +120,7 @@ class TrainingView:
 
     def _render(self) -> RenderableType:
         return Panel(
-            Group(self._progress, self._returns_line(), self._rates_line(), Text(), self._worker_table()),
+            Group(self._progress, self._returns_line(), self._rates_line(), Text(), self._workers_part()),
             title=self._title,
             padding=(1, 2),
         )
@@ -142,6 +146,11 @@ class TrainingView:
             f"   {self._rates.rollouts:5.1f}/s\n"
             f"spans     {statistics.get('total_spans', 0):5d} stored {'':28s}{self._rates.spans:7.1f}/s"
         )
+
+    def _workers_part(self) -> RenderableType:
+        if not self._workers and self._hint is not None:
+            return Text(self._hint, style="yellow")
+        return self._worker_table()
 
     def _worker_table(self) -> Table:
         table = Table(box=None, pad_edge=False)

@@ -47,8 +47,7 @@ class _Job:
         result, error = self._outcome
         if error is None:
             self.future.set_result(result)
-        elif isinstance(error, (StopIteration, SystemExit, KeyboardInterrupt, AgentInterrupted)):
-            # a future cannot hold the first; the others would end the event loop
+        elif isinstance(error, StopIteration) or not isinstance(error, Exception):
             self.future.set_exception(CallEnded(error))
         else:
             self.future.set_exception(error)

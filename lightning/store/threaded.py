@@ -12,6 +12,7 @@ import atexit
 import threading
 import weakref
 from collections.abc import Coroutine
+from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from lightning.store.contract import LightningStore
@@ -44,21 +45,22 @@ class LoopThread:
         """Whether `stop` was called."""
         return self._loop.is_closed() or not self._thread.is_alive()
 
+    def submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
+        """Run `coroutine` on this loop without waiting for it. Raises `RuntimeError` if the loop was stopped."""
+        if self.stopped:
+            coroutine.close()
+            raise RuntimeError("the store's event loop was stopped")
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
     async def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Run `coroutine` on this loop, awaited from the caller's; cancelling the one cancels the other."""
         if self._thread is threading.current_thread():
             return await coroutine
-        if self.stopped:
-            coroutine.close()
-            raise RuntimeError("the store's event loop was stopped")
-        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(coroutine, self._loop))
+        return await asyncio.wrap_future(self.submit(coroutine))
 
     def run_blocking(self, coroutine: Coroutine[Any, Any, T], timeout: float | None = None) -> T:
         """As `run`, for callers that have no event loop. Raises `TimeoutError` after `timeout` seconds."""
-        if self.stopped:
-            coroutine.close()
-            raise RuntimeError("the store's event loop was stopped")
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(timeout)
+        return self.submit(coroutine).result(timeout)
 
     def stop(self) -> None:
         """Cancel what runs on the loop, end the thread and wait for it. Harmless when called twice."""

@@ -71,7 +71,7 @@ class _AttemptSpanProcessor(SpanProcessor):
             target.put(span)
 
 
-_lock = threading.Lock()
+_lock = threading.RLock()
 _attached: WeakSet[object] = WeakSet()
 _own: TracerProvider | None = None
 
@@ -96,13 +96,12 @@ def own_provider() -> TracerProvider:
 
 def install() -> None:
     """See to it that the spans of OpenTelemetry's global tracer provider reach the attempts. Cheap to repeat."""
-    provider = trace.get_tracer_provider()
-    if provider in _attached:
+    if trace.get_tracer_provider() in _attached:
         return
-    if isinstance(provider, trace.ProxyTracerProvider):  # nobody has set one
-        trace.set_tracer_provider(own_provider())
-        provider = trace.get_tracer_provider()  # another thread may have been quicker
     with _lock:
+        if isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider):  # nobody has set one
+            trace.set_tracer_provider(own_provider())
+        provider = trace.get_tracer_provider()
         if provider in _attached:
             return
         _attached.add(provider)

@@ -13,7 +13,7 @@ from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
 
 from lightning.backoff import STORE_AWAY, Backoff
-from lightning.store.contract import LightningStore
+from lightning.store.contract import LightningStore, UnknownIdError
 from lightning.tracing import provider
 from lightning.types import Span
 
@@ -189,7 +189,7 @@ class AttemptTrace:
             try:
                 spans.append(self._to_span(span))
             except Exception as error:  # noqa: BLE001  # what is wrong with one span must not cost the others
-                self._refuse(span, error)
+                self._refuse([span], error)
         if spans:
             await self._store_or_split(spans)
         self._in_flight = ()
@@ -210,20 +210,19 @@ class AttemptTrace:
                 backoff.log_first(logger, "attempt %s: spans wait for the store: %s", self.attempt_id, error)
                 await backoff.sleep()
             except Exception as error:  # noqa: BLE001  # whatever it is, it must not cost the agent's work
-                if len(spans) == 1:
-                    self._refuse(spans[0], error)
+                if len(spans) == 1 or isinstance(error, UnknownIdError):
+                    self._refuse(spans, error)
                     return
                 break
         middle = len(spans) // 2
         await self._store_or_split(spans[:middle])
         await self._store_or_split(spans[middle:])
 
-    def _refuse(self, span: AnySpan, error: Exception) -> None:
-        self.refused += 1
+    def _refuse(self, spans: Sequence[AnySpan], error: Exception) -> None:
+        self.refused += len(spans)
         kind = type(error).__name__
-        logger.error(
-            "attempt %s: the span %r was not stored: %s: %s", self.attempt_id, span.name, kind, error
-        )
+        names = ", ".join(sorted({repr(span.name) for span in spans}))
+        logger.error("attempt %s: spans were not stored: %s: %s: %s", self.attempt_id, names, kind, error)
 
     async def _flush(self) -> None:
         self._drained.clear()

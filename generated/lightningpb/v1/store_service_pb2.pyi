@@ -392,8 +392,8 @@ class DequeueRolloutsRequest(_message.Message):
     worker_id: _builtins.str
     """The worker that claims. Absent: the claim is nobody's."""
     wait_seconds: _builtins.float
-    """How long to wait for work when there is none. Absent: answer at once. The server may cut it short with an empty answer, so a
-    client that wants to wait longer asks again.
+    """How long to wait for work when there is none. Absent: answer at once. The server may cut it short, see `complete` in the
+    response.
     """
     instance_id: _builtins.str
     """The worker's process, see WorkerHeartbeat.instance_id. Absent when the worker sends no heartbeats."""
@@ -432,6 +432,11 @@ class DequeueRolloutsResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     ROLLOUTS_FIELD_NUMBER: _builtins.int
+    COMPLETE_FIELD_NUMBER: _builtins.int
+    complete: _builtins.bool
+    """True: there was no work for as long as the client wanted to wait. False, and no rollouts: the server cut the wait short; ask
+    again.
+    """
     @_builtins.property
     def rollouts(self) -> _containers.RepeatedCompositeFieldContainer[_rollout_pb2.Rollout]:
         """The claimed rollouts, oldest first, each with its new attempt."""
@@ -440,10 +445,11 @@ class DequeueRolloutsResponse(_message.Message):
         self,
         *,
         rollouts: _abc.Iterable[_rollout_pb2.Rollout] | None = ...,
+        complete: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["rollouts", b"rollouts"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["complete", b"complete", "rollouts", b"rollouts"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1158,7 +1164,7 @@ class UpdateWorkerRequest(_message.Message):
     worker_id: _builtins.str
     """The worker that lives."""
     heartbeat_stats_json: _builtins.bytes
-    """A snapshot of the host, a JSON object. Absent: keep the last one."""
+    """A snapshot of the host, a JSON object, or JSON's null to drop the last one. Absent: keep the last one."""
     def __init__(
         self,
         *,

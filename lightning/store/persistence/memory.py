@@ -49,16 +49,13 @@ class _Entry:
 class _Spans:
     """The spans of a rollout, by attempt and span id."""
 
-    __slots__ = ("by_attempt", "evicted_bytes", "evicted_count", "size_bytes")
+    __slots__ = ("by_attempt", "evicted", "size_bytes")
 
     def __init__(self) -> None:
         self.by_attempt: dict[str, dict[str, SpanRecord]] = {}
         self.size_bytes = 0
-        self.evicted_count = 0
-        self.evicted_bytes = 0
-
-    def __len__(self) -> int:
-        return sum(map(len, self.by_attempt.values()))
+        self.evicted: dict[str, int] = {}
+        """How many spans of which attempts were dropped."""
 
 
 class MemoryPersistence(Persistence):
@@ -197,10 +194,10 @@ class MemoryPersistence(Persistence):
                     continue  # it was scheduled anew for an earlier time, and has been seen to since
                 entry.scheduled = None
                 deadline = lifecycle.next_deadline(entry.record)
-                if deadline is not None and deadline < now:
+                if deadline == scheduled:
                     due.append(entry)
                 else:
-                    self._schedule(entry, deadline)
+                    self._schedule(entry, deadline)  # if that is due as well, its turn comes
             for entry in due:  # still due until somebody has changed them
                 self._schedule(entry, lifecycle.next_deadline(entry.record))
             return [entry.record.rollout_id for entry in due]
@@ -284,10 +281,11 @@ class MemoryPersistence(Persistence):
             spans = None if entry is None else entry.spans
             if spans is None:
                 return []
-            if spans.evicted_count:
+            evicted = sum(spans.evicted.get(attempt_id, 0) for attempt_id in attempt_ids)
+            if evicted:
                 raise SpansEvictedError(
-                    f"{spans.evicted_count} spans ({spans.evicted_bytes} bytes) of rollout {rollout_id!r} were evicted "
-                    f"to keep span memory under {self._eviction_threshold_bytes} bytes; to keep more, raise "
+                    f"{evicted} spans of rollout {rollout_id!r} were evicted to keep span memory under "
+                    f"{self._eviction_threshold_bytes} bytes; to keep more, raise "
                     "eviction_memory_threshold, read spans soon after a rollout ends, or use a durable backend"
                 )
             found: list[SpanRecord] = []
@@ -311,11 +309,10 @@ class MemoryPersistence(Persistence):
             spans = entry.spans
             if spans is None:
                 continue
-            number = len(spans)
-            spans.evicted_count += number
-            spans.evicted_bytes += spans.size_bytes
-            self._evicted_count += number
-            self._span_count -= number
+            for attempt_id, dropped in spans.by_attempt.items():
+                spans.evicted[attempt_id] = spans.evicted.get(attempt_id, 0) + len(dropped)
+                self._evicted_count += len(dropped)
+                self._span_count -= len(dropped)
             self._span_bytes -= spans.size_bytes
             spans.by_attempt.clear()
             spans.size_bytes = 0

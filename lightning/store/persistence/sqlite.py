@@ -203,6 +203,8 @@ class SQLitePersistence(Persistence):
         return await self._writer.submit(append)
 
     async def find_spans(self, rollout_id: str, attempt_ids: Sequence[str]) -> list[SpanRecord]:
+        attempt_ids = [attempt_id for attempt_id in attempt_ids if is_text(attempt_id) and is_text(rollout_id)]
+
         def read(connection: sqlite3.Connection) -> list[SpanRecord]:
             found: list[SpanRecord] = []
             with snapshot(connection):

@@ -50,7 +50,7 @@ class WaitingContract(StoreTheme):
         await store.update_attempt(ids[1], "latest", status="succeeded")
         await store.update_attempt(ids[0], "latest", status="failed")
         await store.add_span(make_span((await store.query_attempts(ids[2]))[0]))
-        await _until_idle(store)
+        await until_idle(store)
         assert not waiter.done()
         await store.update_rollout(ids[2], status="cancelled")
         found = await self.soon(waiter)
@@ -62,12 +62,12 @@ class WaitingContract(StoreTheme):
         other = await store.start_rollout("task")
         ids = [started.rollout_id, other.rollout_id]
         waiter = asyncio.ensure_future(store.wait_for_rollouts(rollout_ids=ids))
-        await _until_idle(store)
+        await until_idle(store)
         await store.update_attempt(started.rollout_id, "latest", status="succeeded")
-        await _until_idle(store)
+        await until_idle(store)
         await store.update_rollout(started.rollout_id, status="queuing")
         await store.update_attempt(other.rollout_id, "latest", status="succeeded")
-        await _until_idle(store)
+        await until_idle(store)
         assert not waiter.done()
         await store.update_rollout(started.rollout_id, status="failed")
         found = await self.soon(waiter)
@@ -89,7 +89,7 @@ class WaitingContract(StoreTheme):
         waiters = [
             asyncio.ensure_future(store.wait_for_rollouts(rollout_ids=[started.rollout_id])) for _ in range(2)
         ]
-        await _until_idle(store)
+        await until_idle(store)
         waiters[0].cancel()
         (outcome,) = await self.soon(asyncio.gather(waiters[0], return_exceptions=True))
         assert isinstance(outcome, asyncio.CancelledError)
@@ -113,7 +113,7 @@ class WaitingContract(StoreTheme):
             await self.soon(store.wait_for_rollouts(rollout_ids=[started.rollout_id], timeout=timeout))
 
 
-async def _until_idle(store: LightningStore) -> None:
+async def until_idle(store: LightningStore) -> None:
     """Let every task that can run do so, and a few calls through, so that a waiter waits."""
     for _ in range(5):
         await store.statistics()

@@ -1,0 +1,52 @@
+"""What child processes do: serve a store, be a runner, or be the algorithm."""
+
+from __future__ import annotations
+
+import asyncio
+import pickle
+import signal
+
+from lightning.execution.base import AlgorithmBundle, RunnerBundle
+from lightning.execution.child import ParentLink
+from lightning.execution.events import ExecutionEvent
+from lightning.store.contract import LightningStore
+from lightning.store.open import open_store
+
+
+async def run_runner(link: ParentLink, runner: RunnerBundle, event: ExecutionEvent) -> None:
+    """Be a runner. Which one, and with what store, the parent says once the store is there."""
+    index, pickled_store = await link.receive()
+    store: LightningStore = pickle.loads(pickled_store)
+    try:
+        await runner(store, index, event)
+    finally:
+        await store.close()
+
+
+async def run_algorithm(link: ParentLink, algorithm: AlgorithmBundle, event: ExecutionEvent) -> None:
+    """Be the algorithm, with the store that the parent names once it is there."""
+    store: LightningStore = pickle.loads(await link.receive())
+    try:
+        await algorithm(store, event)
+    finally:
+        await store.close()
+
+
+async def serve_store(link: ParentLink, url: str, host: str, port: int, allow_insecure: bool) -> None:
+    """Serve the store at `url` until the parent says why to stop, or a signal tells to; reports the endpoint."""
+    from lightning.rpc.server import LightningStoreServer
+
+    told = asyncio.ensure_future(link.receive())
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, told.cancel)
+    store = open_store(url)
+    try:
+        server = LightningStoreServer(store, host, port, allow_insecure=allow_insecure)
+        await server.start()
+        try:
+            link.report(server.endpoint)
+            await asyncio.wait({told})
+        finally:
+            await server.stop(reason="it was told to stop" if told.cancelled() else told.result())
+    finally:
+        await store.close()

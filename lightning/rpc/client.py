@@ -1,0 +1,590 @@
+"""The client: the whole `LightningStore` contract, over gRPC."""
+
+from __future__ import annotations
+
+import math
+import time
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from os import getpid, urandom
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from google.protobuf.message import Message
+from lightningpb.v1 import span_pb2, worker_pb2
+from lightningpb.v1 import store_service_pb2 as pb
+
+from lightning import codec
+from lightning.codec.building import build, encode_object
+from lightning.codec.results import result_from_proto
+from lightning.rpc import loop
+from lightning.rpc.address import parse_endpoint
+from lightning.rpc.connection import Connection
+from lightning.rpc.options import ClientOptions
+from lightning.store.arguments import ROLLOUT_STATUSES, WORKER_STATUSES, check_count
+from lightning.store.contract import FilterLogic, LightningStore, SortOrder
+from lightning.store.queries import check_members, check_wait
+from lightning.types import (
+    UNSET,
+    Attempt,
+    AttemptedRollout,
+    AttemptStatus,
+    EnqueueRolloutRequest,
+    HeartbeatReply,
+    LightningStoreCapabilities,
+    LightningStoreStatistics,
+    NamedResources,
+    PaginatedResult,
+    ResourcesUpdate,
+    Rollout,
+    RolloutConfig,
+    RolloutMode,
+    RolloutStatus,
+    Span,
+    Unset,
+    Worker,
+    WorkerCommand,
+    WorkerHeartbeat,
+    WorkerStatus,
+    encode_payload,
+)
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace import ReadableSpan
+
+T = TypeVar("T")
+
+_WAIT_SLICE_SECONDS = 60.0
+"""Longer waits are made of several calls, so that no call is open for ever."""
+_MAX_BATCH_BYTES = 16 * 1024 * 1024
+"""Spans are sent in requests of about this size, unless one span alone is larger."""
+_READY_TIMEOUT_SECONDS = 60.0
+
+
+class LightningStoreClient(LightningStore):
+    """A store that is served elsewhere.
+
+    May be used from any thread and event loop. Pickled, it takes only its address and options along. It connects when
+    it is first used. Calls that fail because the server is away are repeated under the same request id, so that
+    nothing happens twice; when it stays away they raise `StoreUnavailableError`. All other errors are raised as the
+    store raised them.
+
+    Args:
+        address: `"host:port"`, also with `http://` or `grpc://` before it.
+        retry_delays: How long to wait before each repetition of a call, in seconds; their number is that of
+            repetitions.
+        health_retry_delays: Before a repetition the server must answer a health check; how long to wait between
+            checks, in seconds.
+        request_timeout: How long one try of a call may take, in seconds, beside what it waits for.
+        connection_timeout: How long one try to connect, or one health check, may take, in seconds.
+        max_message_bytes: The largest answer that is accepted.
+
+    Raises:
+        ValueError: The address cannot be read, or an option is out of range.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        retry_delays: Sequence[float] = ClientOptions.retry_delays,
+        health_retry_delays: Sequence[float] = ClientOptions.health_retry_delays,
+        request_timeout: float = ClientOptions.request_timeout,
+        connection_timeout: float = ClientOptions.connection_timeout,
+        max_message_bytes: int = ClientOptions.max_message_bytes,
+    ) -> None:
+        self._endpoint = parse_endpoint(address)
+        self._options = ClientOptions(
+            retry_delays=tuple(retry_delays),
+            health_retry_delays=tuple(health_retry_delays),
+            request_timeout=request_timeout,
+            connection_timeout=connection_timeout,
+            max_message_bytes=max_message_bytes,
+        )
+        self._connection: Connection | None = None
+
+    # --- About the connection ----------------------------------------------------------------------------------
+
+    @property
+    def endpoint(self) -> str:
+        """The server's address, as `host:port`."""
+        return str(self._endpoint)
+
+    async def wait_until_ready(self, timeout: float = _READY_TIMEOUT_SECONDS) -> None:
+        """Wait until the server is there. Raises `StoreUnavailableError` after `timeout` seconds."""
+        await self._connect().wait_until_ready(timeout)
+
+    async def close(self) -> None:
+        """Close the connection; the store stays as it is. Calls after that raise `RuntimeError`."""
+        connection = self._connect()
+        if not connection.closed:
+            await connection.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"endpoint": self._endpoint, "options": self._options}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._endpoint = state["endpoint"]
+        self._options = state["options"]
+        self._connection = None
+
+    def _connect(self) -> Connection:
+        connection = self._connection
+        if connection is None or connection.pid != getpid():
+            with loop.connecting():
+                connection = self._connection
+                if connection is None or connection.pid != getpid():
+                    connection = self._connection = Connection(self._endpoint, self._options)
+                    weakref.finalize(self, connection.abandon).atexit = False
+        return connection
+
+    async def _call(self, method: str, request: Message, wait: float = 0.0) -> Any:
+        """Call a method that answers after `wait` seconds at the latest."""
+        return await self._connect().unary(method, request, self._options.request_timeout + wait)
+
+    # --- About the store ---------------------------------------------------------------------------------------
+
+    @property
+    def capabilities(self) -> LightningStoreCapabilities:
+        """What this client can do, whatever the store behind the server: it answers without asking."""
+        return {"thread_safe": True, "async_safe": True, "zero_copy": False, "otlp_traces": False}
+
+    async def statistics(self) -> LightningStoreStatistics:
+        return codec.statistics_from_proto(await self._call("GetStatistics", pb.GetStatisticsRequest()))
+
+    # --- Handing out work --------------------------------------------------------------------------------------
+
+    async def start_rollout(
+        self,
+        input: Any,
+        mode: RolloutMode | None = None,
+        resources_id: str | None = None,
+        config: RolloutConfig | None = None,
+        metadata: dict[str, Any] | None = None,
+        worker_id: str | None = None,
+    ) -> AttemptedRollout:
+        spec = codec.spec_to_proto(_spec(input, mode, resources_id, config, metadata))
+        request = build(pb.StartRolloutRequest, request_id=_new_id(), spec=spec, worker_id=worker_id)
+        return codec.attempted_rollout_from_proto((await self._call("StartRollout", request)).rollout)
+
+    async def enqueue_rollout(
+        self,
+        input: Any,
+        mode: RolloutMode | None = None,
+        resources_id: str | None = None,
+        config: RolloutConfig | None = None,
+        metadata: dict[str, Any] | None = None,
+    ) -> Rollout:
+        return (await self.enqueue_many_rollouts([_spec(input, mode, resources_id, config, metadata)]))[0]
+
+    async def enqueue_many_rollouts(self, rollouts: Sequence[EnqueueRolloutRequest]) -> Sequence[Rollout]:
+        specs = [codec.spec_to_proto(rollout) for rollout in rollouts]
+        response = await self._call(
+            "EnqueueRollouts", pb.EnqueueRolloutsRequest(request_id=_new_id(), specs=specs)
+        )
+        return [codec.rollout_from_proto(rollout) for rollout in response.rollouts]
+
+    async def dequeue_rollout(self, worker_id: str | None = None) -> AttemptedRollout | None:
+        claimed = await self.dequeue_many_rollouts(limit=1, worker_id=worker_id)
+        return claimed[0] if claimed else None
+
+    async def dequeue_many_rollouts(
+        self, *, limit: int = 1, worker_id: str | None = None
+    ) -> Sequence[AttemptedRollout]:
+        check_count(limit, "limit", least=0)
+        return _claimed(await self._dequeue(limit, worker_id, None, None))
+
+    async def claim_rollouts(
+        self,
+        *,
+        limit: int = 1,
+        worker_id: str | None = None,
+        instance_id: str | None = None,
+        timeout: float | None = None,
+    ) -> Sequence[AttemptedRollout]:
+        check_count(limit, "limit", least=1)
+        for wait, is_last in _slices(timeout):
+            response = await self._dequeue(limit, worker_id, instance_id, wait)
+            if response.rollouts or (response.complete and is_last):
+                return _claimed(response)
+        raise AssertionError("the slices do not end by themselves")
+
+    async def _dequeue(
+        self, limit: int, worker_id: str | None, instance_id: str | None, wait: float | None
+    ) -> pb.DequeueRolloutsResponse:
+        request = build(
+            pb.DequeueRolloutsRequest,
+            request_id=_new_id(),
+            limit=limit,
+            worker_id=worker_id,
+            instance_id=instance_id,
+            wait_seconds=wait,
+        )
+        response: pb.DequeueRolloutsResponse = await self._call("DequeueRollouts", request, wait or 0.0)
+        return response
+
+    async def start_attempt(self, rollout_id: str, worker_id: str | None = None) -> AttemptedRollout:
+        request = build(
+            pb.StartAttemptRequest, request_id=_new_id(), rollout_id=rollout_id, worker_id=worker_id
+        )
+        return codec.attempted_rollout_from_proto((await self._call("StartAttempt", request)).rollout)
+
+    # --- Recording what happened -------------------------------------------------------------------------------
+
+    async def add_span(self, span: Span) -> Span | None:
+        stored = await self.add_many_spans([span])
+        return stored[0] if stored else None
+
+    async def add_many_spans(self, spans: Sequence[Span]) -> Sequence[Span]:
+        stored: list[Span] = []
+        for batch in _batches([codec.span_to_proto(span) for span in spans]):
+            request = pb.AddSpansRequest(request_id=_new_id(), spans=batch)
+            receipts = (await self._call("AddSpans", request)).receipts
+            for message, receipt in zip(batch, receipts, strict=True):
+                if receipt.stored:
+                    # decoded from what was sent: a copy, and what any later query will return
+                    message.sequence_id = receipt.sequence_id
+                    stored.append(codec.span_from_proto(message))
+        return stored
+
+    async def add_otel_span(
+        self, rollout_id: str, attempt_id: str, readable_span: ReadableSpan, sequence_id: int | None = None
+    ) -> Span | None:
+        return await self.add_span(
+            Span.from_opentelemetry(readable_span, rollout_id, attempt_id, sequence_id or 0)
+        )
+
+    async def get_next_span_sequence_id(self, rollout_id: str, attempt_id: str) -> int:
+        return (await self.get_many_span_sequence_ids([(rollout_id, attempt_id)]))[0]
+
+    async def get_many_span_sequence_ids(
+        self, rollout_attempt_ids: Sequence[tuple[str, str]]
+    ) -> Sequence[int]:
+        attempts = [
+            build(worker_pb2.AttemptRef, rollout_id=rollout_id, attempt_id=attempt_id)
+            for rollout_id, attempt_id in rollout_attempt_ids
+        ]
+        request = pb.AllocateSpanSequenceIdsRequest(request_id=_new_id(), attempts=attempts)
+        return list((await self._call("AllocateSpanSequenceIds", request)).sequence_ids)
+
+    # --- Looking things up -------------------------------------------------------------------------------------
+
+    async def query_rollouts(
+        self,
+        *,
+        status_in: Sequence[RolloutStatus] | None = None,
+        rollout_id_in: Sequence[str] | None = None,
+        rollout_id_contains: str | None = None,
+        filter_logic: FilterLogic = "and",
+        sort_by: str | None = None,
+        sort_order: SortOrder = "asc",
+        limit: int = -1,
+        offset: int = 0,
+        status: Sequence[RolloutStatus] | None = None,
+        rollout_ids: Sequence[str] | None = None,
+    ) -> PaginatedResult[Rollout]:
+        statuses = check_members(status if status_in is None else status_in, ROLLOUT_STATUSES, "status_in")
+        ids = rollout_ids if rollout_id_in is None else rollout_id_in
+        if isinstance(ids, str):
+            raise ValueError(f"rollout_id_in must be a list, not the string {ids!r}")
+        request = build(
+            pb.QueryRolloutsRequest,
+            status_in=None
+            if statuses is None
+            else pb.RolloutStatusList(
+                values=[codec.ROLLOUT_STATUS.to_number(status, "status_in") for status in statuses]
+            ),
+            rollout_id_in=None if ids is None else build(pb.StringList, values=list(ids)),
+            rollout_id_contains=rollout_id_contains,
+            filter_logic=codec.FILTER_LOGIC.to_number(filter_logic, "filter_logic"),
+            page=codec.page_to_proto(limit=limit, offset=offset, sort_by=sort_by, sort_order=sort_order),
+        )
+        return await self._query("QueryRollouts", request, "rollouts", codec.rollout_from_proto)
+
+    async def query_attempts(
+        self,
+        rollout_id: str,
+        *,
+        sort_by: str | None = "sequence_id",
+        sort_order: SortOrder = "asc",
+        limit: int = -1,
+        offset: int = 0,
+    ) -> PaginatedResult[Attempt]:
+        request = build(
+            pb.QueryAttemptsRequest,
+            rollout_id=rollout_id,
+            page=codec.page_to_proto(limit=limit, offset=offset, sort_by=sort_by, sort_order=sort_order),
+        )
+        return await self._query("QueryAttempts", request, "attempts", codec.attempt_from_proto)
+
+    async def query_spans(
+        self,
+        rollout_id: str,
+        attempt_id: str | None = None,
+        *,
+        trace_id: str | None = None,
+        trace_id_contains: str | None = None,
+        span_id: str | None = None,
+        span_id_contains: str | None = None,
+        parent_id: str | None = None,
+        parent_id_contains: str | None = None,
+        name: str | None = None,
+        name_contains: str | None = None,
+        filter_logic: FilterLogic = "and",
+        limit: int = -1,
+        offset: int = 0,
+        sort_by: str | None = "sequence_id",
+        sort_order: SortOrder = "asc",
+    ) -> PaginatedResult[Span]:
+        request = build(
+            pb.QuerySpansRequest,
+            rollout_id=rollout_id,
+            attempt_id=attempt_id,
+            trace_id=trace_id,
+            trace_id_contains=trace_id_contains,
+            span_id=span_id,
+            span_id_contains=span_id_contains,
+            parent_id=parent_id,
+            parent_id_contains=parent_id_contains,
+            name=name,
+            name_contains=name_contains,
+            filter_logic=codec.FILTER_LOGIC.to_number(filter_logic, "filter_logic"),
+            page=codec.page_to_proto(limit=limit, offset=offset, sort_by=sort_by, sort_order=sort_order),
+        )
+        return await self._query("QuerySpans", request, "spans", codec.span_from_proto)
+
+    async def query_resources(
+        self,
+        *,
+        resources_id: str | None = None,
+        resources_id_contains: str | None = None,
+        sort_by: str | None = None,
+        sort_order: SortOrder = "asc",
+        limit: int = -1,
+        offset: int = 0,
+    ) -> PaginatedResult[ResourcesUpdate]:
+        request = build(
+            pb.QueryResourcesRequest,
+            resources_id=resources_id,
+            resources_id_contains=resources_id_contains,
+            page=codec.page_to_proto(limit=limit, offset=offset, sort_by=sort_by, sort_order=sort_order),
+        )
+        return await self._query("QueryResources", request, "updates", codec.update_from_proto)
+
+    async def query_workers(
+        self,
+        *,
+        status_in: Sequence[WorkerStatus] | None = None,
+        worker_id_contains: str | None = None,
+        filter_logic: FilterLogic = "and",
+        sort_by: str | None = None,
+        sort_order: SortOrder = "asc",
+        limit: int = -1,
+        offset: int = 0,
+    ) -> PaginatedResult[Worker]:
+        statuses = check_members(status_in, WORKER_STATUSES, "status_in")
+        request = build(
+            pb.QueryWorkersRequest,
+            status_in=None
+            if statuses is None
+            else pb.WorkerStatusList(
+                values=[codec.WORKER_STATUS.to_number(status, "status_in") for status in statuses]
+            ),
+            worker_id_contains=worker_id_contains,
+            filter_logic=codec.FILTER_LOGIC.to_number(filter_logic, "filter_logic"),
+            page=codec.page_to_proto(limit=limit, offset=offset, sort_by=sort_by, sort_order=sort_order),
+        )
+        return await self._query("QueryWorkers", request, "workers", codec.worker_from_proto)
+
+    async def _query(
+        self, method: str, request: Message, field: str, decode: Callable[[Any], T]
+    ) -> PaginatedResult[T]:
+        messages = await self._connect().collect(method, request)
+        items = [decode(item) for message in messages for item in getattr(message, field)]
+        return result_from_proto(messages[0].page_info, items)
+
+    async def get_rollout_by_id(self, rollout_id: str) -> Rollout | None:
+        response = await self._call("GetRollout", build(pb.GetRolloutRequest, rollout_id=rollout_id))
+        return codec.rollout_from_proto(response.rollout) if response.HasField("rollout") else None
+
+    async def get_latest_attempt(self, rollout_id: str) -> Attempt | None:
+        response = await self._call(
+            "GetLatestAttempt", build(pb.GetLatestAttemptRequest, rollout_id=rollout_id)
+        )
+        return codec.attempt_from_proto(response.attempt) if response.HasField("attempt") else None
+
+    async def get_resources_by_id(
+        self, resources_id: str, version: int | None = None
+    ) -> ResourcesUpdate | None:
+        request = build(pb.GetResourcesRequest, resources_id=resources_id, version=version)
+        return _update(await self._call("GetResources", request))
+
+    async def get_latest_resources(self) -> ResourcesUpdate | None:
+        return _update(await self._call("GetLatestResources", pb.GetLatestResourcesRequest()))
+
+    async def get_worker_by_id(self, worker_id: str) -> Worker | None:
+        response = await self._call("GetWorker", build(pb.GetWorkerRequest, worker_id=worker_id))
+        return codec.worker_from_proto(response.worker) if response.HasField("worker") else None
+
+    async def wait_for_rollouts(
+        self, *, rollout_ids: Sequence[str], timeout: float | None = None
+    ) -> list[Rollout]:
+        wanted = list(dict.fromkeys(rollout_ids))
+        finished: dict[str, Rollout] = {}
+        for wait, is_last in _slices(timeout):
+            missing = [rollout_id for rollout_id in wanted if rollout_id not in finished]
+            request = build(pb.WaitForRolloutsRequest, rollout_ids=missing, timeout_seconds=wait)
+            response = await self._call("WaitForRollouts", request, wait)
+            for message in response.rollouts:
+                finished[message.rollout_id] = codec.rollout_from_proto(message)
+            if len(finished) == len(wanted) or (response.complete and is_last):
+                break
+        return [finished[rollout_id] for rollout_id in wanted if rollout_id in finished]
+
+    # --- Resources ---------------------------------------------------------------------------------------------
+
+    async def add_resources(self, resources: NamedResources) -> ResourcesUpdate:
+        request = pb.AddResourcesRequest(request_id=_new_id(), resources=codec.resources_to_proto(resources))
+        return codec.update_from_proto((await self._call("AddResources", request)).update)
+
+    async def update_resources(self, resources_id: str, resources: NamedResources) -> ResourcesUpdate:
+        request = build(
+            pb.UpdateResourcesRequest,
+            request_id=_new_id(),
+            resources_id=resources_id,
+            resources=codec.resources_to_proto(resources),
+        )
+        return codec.update_from_proto((await self._call("UpdateResources", request)).update)
+
+    # --- Changing records --------------------------------------------------------------------------------------
+
+    async def update_rollout(
+        self,
+        rollout_id: str,
+        input: Any | Unset = UNSET,
+        mode: RolloutMode | None | Unset = UNSET,
+        resources_id: str | None | Unset = UNSET,
+        status: RolloutStatus | Unset = UNSET,
+        config: RolloutConfig | Unset = UNSET,
+        metadata: dict[str, Any] | None | Unset = UNSET,
+    ) -> Rollout:
+        request = codec.rollout_changes_to_proto(
+            _new_id(),
+            rollout_id,
+            input=input,
+            mode=mode,
+            resources_id=resources_id,
+            status=status,
+            config=config,
+            metadata=metadata,
+        )
+        return codec.rollout_from_proto((await self._call("UpdateRollout", request)).rollout)
+
+    async def update_attempt(
+        self,
+        rollout_id: str,
+        attempt_id: str,
+        status: AttemptStatus | Unset = UNSET,
+        worker_id: str | None | Unset = UNSET,
+        last_heartbeat_time: float | None | Unset = UNSET,
+        metadata: dict[str, Any] | None | Unset = UNSET,
+    ) -> Attempt:
+        request = codec.attempt_changes_to_proto(
+            _new_id(),
+            rollout_id,
+            attempt_id,
+            status=status,
+            worker_id=worker_id,
+            last_heartbeat_time=last_heartbeat_time,
+            metadata=metadata,
+        )
+        return codec.attempt_from_proto((await self._call("UpdateAttempt", request)).attempt)
+
+    async def update_worker(
+        self, worker_id: str, heartbeat_stats: dict[str, Any] | None | Unset = UNSET
+    ) -> Worker:
+        stats: bytes | None = None
+        if heartbeat_stats is None:
+            stats = encode_payload(None, "heartbeat_stats")
+        elif heartbeat_stats is not UNSET:
+            stats = encode_object(heartbeat_stats, "heartbeat_stats")
+        request = build(
+            pb.UpdateWorkerRequest, request_id=_new_id(), worker_id=worker_id, heartbeat_stats_json=stats
+        )
+        return codec.worker_from_proto((await self._call("UpdateWorker", request)).worker)
+
+    # --- For runners -------------------------------------------------------------------------------------------
+
+    async def send_heartbeat(self, heartbeat: WorkerHeartbeat) -> HeartbeatReply:
+        request = pb.SendHeartbeatRequest(request_id=_new_id(), heartbeat=codec.heartbeat_to_proto(heartbeat))
+        response = await self._call("SendHeartbeat", request)
+        commands = [codec.command_from_proto(command) for command in response.commands]
+        return HeartbeatReply(
+            worker=codec.worker_from_proto(response.worker),
+            commands=[command for command in commands if command is not None],
+        )
+
+    async def receive_commands(
+        self, worker_id: str, *, instance_id: str | None = None, timeout: float | None = None
+    ) -> Sequence[WorkerCommand]:
+        return await self._connect().receive_commands(worker_id, instance_id, check_wait(timeout))
+
+    async def send_command(self, command: WorkerCommand, worker_id: str | None = None) -> int:
+        request = build(
+            pb.SendWorkerCommandRequest,
+            request_id=_new_id(),
+            command=codec.command_to_proto(command),
+            worker_id=worker_id,
+        )
+        received: int = (await self._call("SendWorkerCommand", request)).received
+        return received
+
+
+def _new_id() -> str:
+    """A request id: fresh for each call, the same for its repetitions."""
+    return urandom(16).hex()
+
+
+def _spec(
+    input: Any,
+    mode: RolloutMode | None,
+    resources_id: str | None,
+    config: RolloutConfig | None,
+    metadata: dict[str, Any] | None,
+) -> EnqueueRolloutRequest:
+    # not validated here: the codec refuses what is wrong in the same words as a local store
+    return EnqueueRolloutRequest.model_construct(
+        input=input, mode=mode, resources_id=resources_id, config=config, metadata=metadata
+    )
+
+
+def _claimed(response: pb.DequeueRolloutsResponse) -> list[AttemptedRollout]:
+    return [codec.attempted_rollout_from_proto(rollout) for rollout in response.rollouts]
+
+
+def _update(response: Any) -> ResourcesUpdate | None:
+    return codec.update_from_proto(response.update) if response.HasField("update") else None
+
+
+def _slices(timeout: float | None) -> Iterator[tuple[float, bool]]:
+    """How long to wait in each of the calls that a long wait is made of, and whether the time is up after it. It is up
+    to the caller to stop then."""
+    seconds = check_wait(timeout)
+    deadline = math.inf if seconds is None else time.monotonic() + seconds
+    while True:
+        rest = max(0.0, deadline - time.monotonic())
+        yield min(rest, _WAIT_SLICE_SECONDS), rest <= _WAIT_SLICE_SECONDS
+
+
+def _batches(spans: Sequence[span_pb2.Span]) -> Iterator[list[span_pb2.Span]]:
+    """Cut spans into lists that fit into a request each. A span that is too large alone is the server's to refuse."""
+    batch: list[span_pb2.Span] = []
+    size_bytes = 0
+    for span in spans:
+        span_bytes = span.ByteSize()
+        if batch and size_bytes + span_bytes > _MAX_BATCH_BYTES:
+            yield batch
+            batch, size_bytes = [], 0
+        batch.append(span)
+        size_bytes += span_bytes
+    if batch:
+        yield batch

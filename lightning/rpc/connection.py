@@ -1,0 +1,236 @@
+"""A client's connection: one channel per process, with retries, health probes and a deadline on every call.
+
+Everything here runs on the process's event loop for gRPC; `Connection`'s public coroutines may be awaited from any.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from typing import Any, TypeVar
+
+import grpc.aio
+from grpc.aio import AioRpcError
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from lightningpb.v1.store_service_pb2_grpc import LightningStoreServiceStub
+
+from lightning.rpc import loop
+from lightning.rpc.address import Endpoint
+from lightning.rpc.errors import (
+    StoreDrainingError,
+    StoreUnavailableError,
+    from_status,
+    is_connection_failure,
+    is_draining,
+)
+from lightning.rpc.options import ClientOptions
+from lightning.rpc.sessions import CommandSession
+from lightning.types import WorkerCommand
+
+T = TypeVar("T")
+
+_HEALTH_SERVICE = "lightningpb.v1.LightningStoreService"
+_MIN_PROBE_PAUSE_SECONDS = 0.05
+_MAX_PROBE_PAUSE_SECONDS = 1.0
+_JITTER = 0.2
+"""Clients that lost the same server come back within this part of the delay before and after it, not all at once."""
+_QUERY_TIMEOUT_FACTOR = 10
+"""A result in many messages may take this much longer than a single answer."""
+
+
+class Connection:
+    """What a client has in one process.
+
+    Args:
+        endpoint: The server.
+        options: The client's.
+    """
+
+    def __init__(self, endpoint: Endpoint, options: ClientOptions) -> None:
+        self.endpoint = endpoint
+        self.options = options
+        self.pid = os.getpid()
+        self._thread = loop.acquire()
+        self._channel: grpc.aio.Channel | None = None
+        self._stub: Any = None
+        self._health: Any = None
+        self._sessions: dict[tuple[str, str | None], CommandSession] = {}
+        self._closed = False
+
+    # --- From any event loop ---
+
+    async def unary(self, method: str, request: Any, timeout: float) -> Any:
+        """Call a method with one answer.
+
+        Args:
+            method: Its name.
+            request: Its request. It is sent again as it is if the call must be repeated.
+            timeout: The deadline of one try, in seconds.
+
+        Raises:
+            StoreUnavailableError: The server stayed away.
+            Exception: What the store raised.
+        """
+        return await self._run(self._unary(method, request, timeout))
+
+    async def collect(self, method: str, request: Any) -> list[Any]:
+        """Call a method with a stream of answers, and return them all. Raises as `unary`."""
+        return await self._run(self._collect(method, request))
+
+    async def receive_commands(
+        self, worker_id: str, instance_id: str | None, timeout: float | None
+    ) -> Sequence[WorkerCommand]:
+        """What a worker is told, see `LightningStore.receive_commands`. Raises as `unary`."""
+        return await self._run(self._receive_commands(worker_id, instance_id, timeout))
+
+    async def wait_until_ready(self, timeout: float) -> None:
+        """Return when the server answers health checks. Raises `StoreUnavailableError` after `timeout` seconds."""
+        await self._run(self._wait_until_ready(timeout))
+
+    async def close(self) -> None:
+        """Close the channel; calls in flight fail. To be called once."""
+        self._closed = True
+        try:
+            await self._thread.run(self._close())
+        finally:
+            loop.release()
+
+    def abandon(self) -> None:
+        """`close`, from wherever the garbage collector found that nobody uses the connection any more."""
+        if not self._closed and self.pid == os.getpid() and not self._thread.stopped:
+            self._closed = True
+            self._thread.submit(self._close()).add_done_callback(lambda _: loop.release())
+
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed."""
+        return self._closed
+
+    async def _run(self, call: Coroutine[Any, Any, T]) -> T:
+        if self._closed:
+            call.close()
+            raise self.closed_error()
+        return await self._thread.run(call)
+
+    # --- On the loop of gRPC ---
+
+    def stub(self) -> Any:
+        """The methods; the channel is made when they are first asked for, for it belongs to the loop it is made on."""
+        if self._stub is None:
+            self._channel = grpc.aio.insecure_channel(
+                str(self.endpoint), options=self.options.channel_options(self.endpoint)
+            )
+            self._stub = LightningStoreServiceStub(self._channel)
+            self._health = health_pb2_grpc.HealthStub(self._channel)
+        return self._stub
+
+    async def retrying(self, attempt: Callable[[], Awaitable[T]]) -> T:
+        """Do something that may fail because the server is away, and do it again when it is back."""
+        try:
+            try:
+                return await attempt()
+            except AioRpcError as error:
+                return await self._retry(attempt, error)
+        except asyncio.CancelledError:
+            if self._closed:
+                raise self.closed_error() from None
+            raise
+
+    async def _retry(self, attempt: Callable[[], Awaitable[T]], error: AioRpcError) -> T:
+        started = time.monotonic()
+        for delay in self.options.retry_delays:
+            self._raise_unless_repeatable(error)
+            await asyncio.sleep(delay * random.uniform(1 - _JITTER, 1 + _JITTER))
+            if not await self._becomes_healthy():
+                continue
+            try:
+                return await attempt()
+            except AioRpcError as next_error:
+                error = next_error
+        self._raise_unless_repeatable(error)
+        raise self._unavailable(error, time.monotonic() - started)
+
+    def _raise_unless_repeatable(self, error: AioRpcError) -> None:
+        if self._closed:
+            raise self.closed_error()
+        if not is_connection_failure(error):
+            raise from_status(error, str(self.endpoint))
+
+    async def _unary(self, method: str, request: Any, timeout: float) -> Any:
+        call = getattr(self.stub(), method)
+        return await self.retrying(lambda: call(request, timeout=timeout))
+
+    async def _collect(self, method: str, request: Any) -> list[Any]:
+        call = getattr(self.stub(), method)
+        timeout = self.options.request_timeout * _QUERY_TIMEOUT_FACTOR
+
+        async def attempt() -> list[Any]:
+            stream = call(request, timeout=timeout)
+            try:
+                return [message async for message in stream]
+            finally:
+                stream.cancel()
+
+        return await self.retrying(attempt)
+
+    async def _receive_commands(
+        self, worker_id: str, instance_id: str | None, timeout: float | None
+    ) -> Sequence[WorkerCommand]:
+        key = (worker_id, instance_id)
+        session = self._sessions.get(key)
+        if session is None or session.ended:
+            session = self._sessions[key] = CommandSession(self, worker_id, instance_id)
+        return await session.receive(timeout)
+
+    async def _becomes_healthy(self) -> bool:
+        for pause in (*self.options.health_retry_delays, None):
+            if await self._is_healthy():
+                return True
+            if pause is not None:
+                await asyncio.sleep(pause)
+        return False
+
+    async def _is_healthy(self) -> bool:
+        self.stub()
+        request = health_pb2.HealthCheckRequest(service=_HEALTH_SERVICE)
+        try:
+            answer = await self._health.Check(request, timeout=self.options.connection_timeout)
+        except AioRpcError:
+            return False
+        serving: bool = answer.status == health_pb2.HealthCheckResponse.SERVING
+        return serving
+
+    async def _wait_until_ready(self, timeout: float) -> None:
+        deadline = time.monotonic() + timeout
+        pause = _MIN_PROBE_PAUSE_SECONDS
+        while not await self._is_healthy():
+            rest = deadline - time.monotonic()
+            if rest <= 0:
+                raise StoreUnavailableError(
+                    f"no store answered at {self.endpoint} within {timeout:g} s; is the address right, and is "
+                    "`lightning store` running there?"
+                )
+            await asyncio.sleep(min(pause, rest))
+            pause = min(2 * pause, _MAX_PROBE_PAUSE_SECONDS)
+
+    async def _close(self) -> None:
+        for session in self._sessions.values():
+            await session.close()
+        channel, self._channel, self._stub, self._health = self._channel, None, None, None
+        if channel is not None:
+            await channel.close()
+
+    def closed_error(self) -> RuntimeError:
+        """What calls raise after `close`."""
+        return RuntimeError(f"the client of {self.endpoint} was closed")
+
+    def _unavailable(self, error: AioRpcError, seconds: float) -> StoreUnavailableError:
+        tries = len(self.options.retry_delays) + 1
+        kind = StoreDrainingError if is_draining(error) else StoreUnavailableError
+        return kind(
+            f"the store at {self.endpoint} is unavailable: {error.details() or error.code().name} "
+            f"({tries} tries, {seconds:.0f} s). Is the address right, and is `lightning store` running there?"
+        )

@@ -1,0 +1,67 @@
+"""The one event loop on which this process speaks gRPC.
+
+grpc.aio has one queue of events per process. With several event loops on it they all wake up for each event, all but
+one in vain, and each of those logs an error. So every client and server of a process shares one loop in a thread of
+its own, and callers on other loops hand their calls over to it. The thread lives from the first share to the last.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+
+from lightning.store.threaded import LoopThread
+
+_THREAD_NAME = "lightning-grpc"
+
+
+class _Shared:
+    def __init__(self, unusable: bool = False) -> None:
+        self.lock = threading.Lock()
+        self.connecting = threading.Lock()
+        self.thread: LoopThread | None = None
+        self.shares = 0
+        self.unusable = unusable
+
+    def after_fork(self) -> None:
+        """Start afresh in a forked child: the parent's thread is not here, and its locks may be held for ever."""
+        self.__init__(self.unusable or self.shares > 0)  # type: ignore[misc]
+
+
+_shared = _Shared()
+os.register_at_fork(after_in_child=_shared.after_fork)
+
+
+def acquire() -> LoopThread:
+    """Take a share in the loop; `release` it once.
+
+    Raises:
+        RuntimeError: This process was forked from one that was speaking gRPC at that moment. The C core's threads did
+            not come along, and nothing it does would ever end.
+    """
+    if _shared.unusable:
+        raise RuntimeError(
+            "gRPC was in use when this process was forked, and does not work after that: "
+            "start processes by 'spawn' or 'forkserver'"
+        )
+    with _shared.lock:
+        if _shared.thread is None or _shared.thread.stopped:
+            _shared.thread = LoopThread(_THREAD_NAME)
+        _shared.shares += 1
+        return _shared.thread
+
+
+def release() -> None:
+    """Give a share back; the last one ends the thread."""
+    with _shared.lock:
+        _shared.shares -= 1
+        if _shared.shares:
+            return
+        thread, _shared.thread = _shared.thread, None
+    if thread is not None:
+        thread.stop()
+
+
+def connecting() -> threading.Lock:
+    """Held while a client makes its connection. Unlike a lock of the client's own it is usable after a fork."""
+    return _shared.connecting

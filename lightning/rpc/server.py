@@ -1,0 +1,286 @@
+"""The server: a store on a port."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from concurrent.futures import Future
+from typing import Any
+
+import grpc.aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from lightning.rpc import loop
+from lightning.rpc.address import (
+    DEFAULT_PORT,
+    Endpoint,
+    check_listener,
+    check_port_is_free,
+    listen_error,
+    parse_endpoint,
+)
+from lightning.rpc.client import LightningStoreClient
+from lightning.rpc.options import ServerLimits
+from lightning.rpc.service import SERVICE_NAME, StoreService
+from lightning.store.contract import LightningStore
+from lightning.store.forwarding import ForwardingStore, complete
+from lightning.store.threaded import LoopThread
+from lightning.types import LightningStoreCapabilities, Stop
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_GRACE_SECONDS = 5.0
+_FLUSH_SECONDS = 0.5
+"""How long answers that are already made may take to reach their callers."""
+
+
+class LightningStoreServer(ForwardingStore):
+    """Serves a store over gRPC, and is a store itself.
+
+    In the process that made it, its verbs go straight to the store. Pickled into another process, or forked, it
+    carries only the address and is a client.
+
+    Args:
+        store: What to serve: a `LightningStore`, or any object with its methods. It is called on an event loop in a
+            thread of its own, so it need not be thread-safe, and a busy caller does not hold it up.
+        host: The address to listen at.
+        port: The port; 0 picks a free one when the server starts.
+        allow_insecure: Whether others than this machine may connect, unencrypted.
+        max_message_bytes: The largest message that is taken or sent.
+        max_wait_seconds: How long a call that waits (for work, for rollouts) is held before the client must ask again.
+        remembered_seconds: How long the outcome of a call is kept for a client that lost the answer and repeats the
+            call.
+        remembered_bytes: How much memory these outcomes may take.
+
+    Raises:
+        TypeError: `store` lacks a method, or an argument is of a wrong type.
+        ValueError: An argument is out of range, or `host` is not of this machine only and `allow_insecure` is not set.
+    """
+
+    def __init__(
+        self,
+        store: Any,
+        host: str = "127.0.0.1",
+        port: int = DEFAULT_PORT,
+        *,
+        allow_insecure: bool = False,
+        max_message_bytes: int = ServerLimits.max_message_bytes,
+        max_wait_seconds: float = ServerLimits.max_wait_seconds,
+        remembered_seconds: float = ServerLimits.remembered_seconds,
+        remembered_bytes: int = ServerLimits.remembered_bytes,
+    ) -> None:
+        self._limits = ServerLimits(
+            max_message_bytes=max_message_bytes,
+            max_wait_seconds=max_wait_seconds,
+            remembered_seconds=remembered_seconds,
+            remembered_bytes=remembered_bytes,
+        )
+        self._endpoint = check_listener(host, port)
+        if not allow_insecure and not self._endpoint.is_loopback:
+            raise ValueError(
+                f"{host!r} is reachable from other machines, and the connection would be neither encrypted nor "
+                "authenticated; say allow_insecure=True if that is what you want, or listen at 127.0.0.1"
+            )
+        self._owner_pid: int | None = os.getpid()
+        self._store: LightningStore = complete(store)
+        self._store_class = type(store).__name__
+        self._running: _Running | None = None
+        self._client: LightningStoreClient | None = None
+
+    # --- Lifetime ---
+
+    async def start(self) -> None:
+        """Begin to serve. Does nothing if it serves already.
+
+        Raises:
+            OSError: The port is taken, or the host is no address of this machine.
+            RuntimeError: This is not the process that made the server.
+        """
+        if not self._is_owner:
+            raise RuntimeError("a server can be started only in the process that made it")
+        if self._running is not None:
+            return
+        thread = loop.acquire()
+        try:
+            self._running = await thread.run(self._serve(thread))
+        except BaseException:
+            loop.release()
+            raise
+        self._endpoint = Endpoint(self._endpoint.host, self._running.port)
+        logger.info("serving %s at %s", self._store_class, self._endpoint)
+
+    async def stop(
+        self,
+        grace: float = DEFAULT_GRACE_SECONDS,
+        reason: str = "the server was stopped",
+        *,
+        stop_workers: bool = False,
+    ) -> None:
+        """Drain and stop: refuse new calls, end what waits, close streams with the reason, finish what is in flight.
+
+        Does nothing if it does not serve. The store stays open.
+
+        Args:
+            grace: How long calls in flight may take, in seconds, before they are cancelled.
+            reason: What clients are told.
+            stop_workers: Tell all workers that listen to stop, because the job is over. Otherwise they wait for a
+                server to come back at this address.
+        """
+        if not self._is_owner:
+            raise RuntimeError("a server can be stopped only in the process that made it")
+        running, self._running = self._running, None
+        if running is None:
+            return
+        try:
+            await running.thread.run(self._drain(running, grace, reason, stop_workers))
+        finally:
+            loop.release()
+        running.stopped.set_result(None)
+
+    async def run_forever(self) -> None:
+        """Start if need be, and return when the server was stopped. Stops it when cancelled."""
+        await self.start()
+        running = self._running
+        if running is None:
+            return
+        try:
+            await running.wait_until_stopped()
+        finally:
+            await self.stop()
+
+    async def close(self) -> None:
+        """In the process that made it: stop, and close the store. Elsewhere: close the connection."""
+        if self._is_owner:
+            await self.stop()
+            await self._store.close()
+        elif self._client is not None:
+            await self._client.close()
+
+    @property
+    def endpoint(self) -> str:
+        """Where clients on this machine reach it, as `host:port`. Raises `RuntimeError` while the port is not
+        picked."""
+        if not self._endpoint.port:
+            raise RuntimeError("port 0 becomes a port when the server starts; start it first")
+        return str(self._endpoint.reachable)
+
+    @property
+    def port(self) -> int:
+        """The port; 0 if one is to be picked when the server starts."""
+        return self._endpoint.port
+
+    # --- As a store ---
+
+    @property
+    def capabilities(self) -> LightningStoreCapabilities:
+        if not self._is_owner:
+            return self._as_client().capabilities
+        return {**self._store.capabilities, "thread_safe": True, "async_safe": True}
+
+    async def _forward(self, verb: str, *args: Any, **kwargs: Any) -> Any:
+        if not self._is_owner:
+            return await getattr(self._as_client(), verb)(*args, **kwargs)
+        running = self._running
+        call = getattr(self._store, verb)(*args, **kwargs)
+        return await (call if running is None else running.thread.run(call))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"endpoint": self.endpoint, "max_message_bytes": self._limits.max_message_bytes}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._owner_pid = None
+        self._running = None
+        self._client = None
+        self._endpoint = parse_endpoint(state["endpoint"])
+        self._limits = ServerLimits(max_message_bytes=state["max_message_bytes"])
+
+    @property
+    def _is_owner(self) -> bool:
+        return self._owner_pid == os.getpid()
+
+    def _as_client(self) -> LightningStoreClient:
+        if self._client is None:
+            self._client = LightningStoreClient(
+                self.endpoint, max_message_bytes=self._limits.max_message_bytes
+            )
+        return self._client
+
+    # --- On the loop of gRPC ---
+
+    async def _serve(self, thread: LoopThread) -> _Running:
+        check_port_is_free(self._endpoint)
+        server = grpc.aio.server(options=self._limits.channel_options())
+        service = StoreService(self._store, self._store_class, self._limits)
+        checks = _Health()
+        server.add_generic_rpc_handlers((service.generic_handler(),))
+        health_pb2_grpc.add_HealthServicer_to_server(checks, server)
+        reflection.enable_server_reflection(
+            (
+                SERVICE_NAME,
+                health_pb2.DESCRIPTOR.services_by_name["Health"].full_name,
+                reflection.SERVICE_NAME,
+            ),
+            server,
+        )
+        try:
+            port = server.add_insecure_port(str(self._endpoint))
+        except RuntimeError as error:  # taken since we looked
+            raise listen_error(self._endpoint, None, str(error)) from None
+        await server.start()
+        await checks.set(SERVICE_NAME, health_pb2.HealthCheckResponse.SERVING)
+        return _Running(thread, server, service, checks, port)
+
+    async def _drain(self, running: _Running, grace: float, reason: str, stop_workers: bool) -> None:
+        await running.health.enter_graceful_shutdown()
+        if stop_workers:
+            await self._store.send_command(Stop(reason=reason))
+        await running.service.drain(reason, grace)
+        running.health.end_watches()
+        await running.server.stop(_FLUSH_SECONDS)
+        await running.service.close()
+
+
+class _Running:
+    """What exists while a server serves."""
+
+    def __init__(
+        self, thread: LoopThread, server: grpc.aio.Server, service: StoreService, health: _Health, port: int
+    ) -> None:
+        self.thread = thread
+        self.server = server
+        self.service = service
+        self.health = health
+        self.port = port
+        self.stopped: Future[None] = Future()
+
+    async def wait_until_stopped(self) -> None:
+        # shielded, for cancelling one that waits must not tell the others that the server stopped
+        await asyncio.shield(asyncio.wrap_future(self.stopped))
+
+
+class _Health(health.aio.HealthServicer):
+    """Standard health checking, whose watches end with the server."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._watches: set[asyncio.Task[None]] = set()
+        self._ended = False
+
+    async def Watch(self, request: Any, context: Any) -> None:
+        watch = asyncio.ensure_future(super().Watch(request, context))
+        self._watches.add(watch)
+        try:
+            await watch
+        except asyncio.CancelledError:
+            if not self._ended:
+                raise
+        finally:
+            self._watches.discard(watch)
+
+    def end_watches(self) -> None:
+        """End the calls that watch."""
+        self._ended = True
+        for watch in self._watches:
+            watch.cancel()

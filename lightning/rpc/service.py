@@ -1,0 +1,261 @@
+"""Between gRPC and the handlers: what every call has in common.
+
+A call is refused while the server drains, run once however often it is repeated, limited in size, and answered with a
+status from the table of errors if it fails.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from contextlib import aclosing, contextmanager, suppress
+from typing import Any, TypeVar
+
+import grpc
+from google.protobuf.message import DecodeError, Message
+from google.protobuf.message_factory import GetMessageClass
+from grpc.aio import ServicerContext
+from lightningpb.v1 import store_service_pb2 as pb
+
+from lightning import codec
+from lightning.rpc.errors import (
+    DETAIL_METADATA_KEY,
+    Failure,
+    LimitExceededError,
+    StoreDrainingError,
+    to_failure,
+)
+from lightning.rpc.handlers import QUERY_HANDLERS, UNARY_HANDLERS, Found, QueryHandler, UnaryHandler
+from lightning.rpc.options import ServerLimits
+from lightning.rpc.repeats import Outcome, RepeatTable
+from lightning.rpc.streams import STREAM_HANDLERS, OpenStreams, StreamHandler
+from lightning.store.contract import LightningStore
+from lightning.store.idempotency import request as request_scope
+
+T = TypeVar("T")
+Context = ServicerContext[Any, Any]
+
+SERVICE = pb.DESCRIPTOR.services_by_name["LightningStoreService"]
+SERVICE_NAME = SERVICE.full_name
+
+_WAITING_METHODS = frozenset({"DequeueRollouts"})
+"""Of those that change something: they may wait for long, and should not when the caller is gone."""
+
+_CHUNK_BYTES = 1024 * 1024
+"""How much of a query's result goes into one message, unless a single record is larger."""
+
+
+class StoreService:
+    """Serves one store. Belongs to the event loop that it is made on.
+
+    Args:
+        store: Where the calls go.
+        store_class: The name of the class of the store, for `GetServerInfo`.
+        limits: What a caller may ask for.
+    """
+
+    def __init__(self, store: LightningStore, store_class: str, limits: ServerLimits) -> None:
+        self.store = store
+        self.store_class = store_class
+        self.limits = limits
+        self.instance_id = uuid.uuid4().hex
+        self.streams = OpenStreams()
+        self._repeats = RepeatTable(max_bytes=limits.remembered_bytes, keep_seconds=limits.remembered_seconds)
+        self._drain_reason: str | None = None
+        self._waiting: set[asyncio.Future[Any]] = set()
+        self._in_flight = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    # --- For the handlers ---
+
+    def bounded_wait(self, seconds: float) -> float:
+        """How long a call that asks to wait so long is kept waiting at most."""
+        return min(seconds, self.limits.max_wait_seconds)
+
+    async def interruptible(self, wait: Coroutine[Any, Any, T], interrupted: T) -> T:
+        """Await something that may take long; the beginning of a drain ends it, with `interrupted` as the result."""
+        if self._drain_reason is not None:
+            wait.close()
+            return interrupted
+        task = asyncio.ensure_future(wait)
+        self._waiting.add(task)
+        try:
+            return await task
+        except asyncio.CancelledError:
+            if self._drain_reason is None:
+                raise
+            return interrupted
+        finally:
+            self._waiting.discard(task)
+
+    # --- For the server ---
+
+    def generic_handler(self) -> grpc.GenericRpcHandler:
+        """All RPCs of the service, for `grpc.aio.Server.add_generic_rpc_handlers`."""
+        # Messages are parsed and serialised here rather than by gRPC, which would not say what is wrong with one.
+        handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
+        for name, handler in UNARY_HANDLERS.items():
+            handlers[name] = grpc.unary_unary_rpc_method_handler(self._unary(name, handler))
+        for name, query in QUERY_HANDLERS.items():
+            handlers[name] = grpc.unary_stream_rpc_method_handler(self._query(name, query))
+        for name, stream in STREAM_HANDLERS.items():
+            handlers[name] = grpc.stream_stream_rpc_method_handler(self._stream(name, stream))
+        return grpc.method_handlers_generic_handler(SERVICE_NAME, handlers)
+
+    async def drain(self, reason: str, grace: float) -> None:
+        """Refuse new calls, end those that wait, close streams, and let the rest finish for `grace` seconds."""
+        self._drain_reason = reason
+        for task in self._waiting:
+            task.cancel()
+        self.streams.close_all(pb.CLOSE_REASON_DRAINING, reason)
+        with suppress(asyncio.TimeoutError):  # the server cancels what does not finish in time
+            await asyncio.wait_for(self._idle.wait(), grace)
+
+    async def close(self) -> None:
+        """Cancel what is left after a drain."""
+        await self._repeats.close()
+
+    # --- The three shapes of calls ---
+
+    def _unary(self, name: str, handler: UnaryHandler) -> Callable[..., Awaitable[bytes]]:
+        request_class = _request_class(name)
+        changes_something = "request_id" in request_class.DESCRIPTOR.fields_by_name
+        abandonable = name in _WAITING_METHODS
+
+        async def run(request: Any) -> Outcome:
+            try:
+                return self._serialised(await handler(self, request))
+            except Exception as error:  # noqa: BLE001  # the client hears of each, the log of the unexpected
+                return to_failure(error)
+
+        async def run_once(request: Any) -> Outcome:
+            with request_scope(request.request_id):
+                return await run(request)
+
+        async def admit(data: bytes) -> Outcome:
+            try:
+                self._refuse_while_draining()
+                request = _parse(request_class, data)
+            except (StoreDrainingError, ValueError) as error:
+                return to_failure(error)
+            if not changes_something or not request.request_id:
+                return await run(request)
+            key = (name, request.request_id)
+            return await self._repeats.run(key, lambda: run_once(request), abandonable=abandonable)
+
+        async def handle(data: bytes, context: Context) -> bytes:
+            with self._call():
+                outcome = await admit(data)
+                if isinstance(outcome, Failure):
+                    await _abort(context, outcome)
+                    return b""  # not reached: abort raises
+                return outcome
+
+        return handle
+
+    def _query(self, name: str, handler: QueryHandler) -> Callable[..., Awaitable[None]]:
+        request_class = _request_class(name)
+
+        async def answer(data: bytes) -> AsyncGenerator[bytes, None]:
+            self._refuse_while_draining()
+            for message in _chunks(await handler(self, _parse(request_class, data))):
+                yield self._serialised(message)
+
+        async def handle(data: bytes, context: Context) -> None:
+            await self._send_all(answer(data), context)
+
+        return handle
+
+    def _stream(self, name: str, handler: StreamHandler) -> Callable[..., Awaitable[None]]:
+        request_class = _request_class(name)
+
+        async def parsed(requests: AsyncIterator[bytes]) -> AsyncGenerator[Any, None]:
+            async for data in requests:
+                yield _parse(request_class, data)
+
+        async def answer(requests: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:
+            self._refuse_while_draining()
+            async with aclosing(handler(self, parsed(requests))) as responses:
+                async for response in responses:
+                    yield self._serialised(response)
+
+        async def handle(requests: AsyncIterator[bytes], context: Context) -> None:
+            await self._send_all(answer(requests), context)
+
+        return handle
+
+    async def _send_all(self, responses: AsyncGenerator[bytes, None], context: Context) -> None:
+        """Send what a stream's handler yields, and at last how it failed if it does."""
+        with self._call():
+            async with aclosing(responses):
+                while True:
+                    try:
+                        response = await anext(responses)
+                    except StopAsyncIteration:
+                        return
+                    except Exception as error:  # noqa: BLE001  # as for unary calls
+                        failure = to_failure(error)
+                        break
+                    await context.write(response)
+            await _abort(context, failure)
+
+    def _refuse_while_draining(self) -> None:
+        if self._drain_reason is not None:
+            raise StoreDrainingError(f"the server is shutting down: {self._drain_reason}")
+
+    def _serialised(self, message: Message) -> bytes:
+        data = message.SerializeToString()
+        if len(data) > self.limits.max_message_bytes:
+            raise LimitExceededError(
+                f"the answer has {len(data)} bytes, more than the {self.limits.max_message_bytes} that the server may "
+                "send; raise max_message_bytes of LightningStoreServer and LightningStoreClient"
+            )
+        return data
+
+    @contextmanager
+    def _call(self) -> Iterator[None]:
+        """While a call is in flight."""
+        self._in_flight += 1
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self._in_flight -= 1
+            if not self._in_flight:
+                self._idle.set()
+
+
+def _chunks(found: Found) -> Iterator[Message]:
+    """The messages that a query's result is sent in: at least one, which says how much was found."""
+    message: Any = found.response(page_info=codec.page_info_to_proto(found.result))
+    items = getattr(message, found.field)
+    size_bytes = 0
+    for item in found.result.items:
+        encoded = found.encode(item)
+        size_bytes += encoded.ByteSize()
+        if size_bytes > _CHUNK_BYTES and items:
+            yield message
+            message = found.response()
+            items = getattr(message, found.field)
+            size_bytes = encoded.ByteSize()
+        items.append(encoded)
+    yield message
+
+
+def _request_class(method: str) -> type[Message]:
+    return GetMessageClass(SERVICE.methods_by_name[method].input_type)
+
+
+def _parse(request_class: type[Message], data: bytes) -> Any:
+    try:
+        return request_class.FromString(data)
+    except DecodeError:
+        raise ValueError(f"the request is not a {request_class.DESCRIPTOR.full_name}") from None
+
+
+async def _abort(context: Context, failure: Failure) -> None:
+    """Ends the call. Always raises."""
+    metadata = ((DETAIL_METADATA_KEY, failure.detail),)
+    await context.abort(failure.status, failure.message, trailing_metadata=metadata)

@@ -1,0 +1,61 @@
+"""A store that fails on demand, to test what depends on one."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from lightning.store.contract import LightningStore
+from lightning.store.forwarding import ForwardingStore
+from lightning.types import LightningStoreCapabilities, Span
+
+_AWAY_POLL_SECONDS = 0.01
+
+
+class UnreliableStore(ForwardingStore):
+    """Passes calls on to `store`, unless it is told to behave as if it could not be reached.
+
+    Args:
+        store: Who answers when all is well.
+        thread_safe: What it claims about itself; None: what `store` says.
+    """
+
+    def __init__(self, store: LightningStore, *, thread_safe: bool | None = None) -> None:
+        self.away = False
+        """While True, calls raise `ConnectionError`, and those that wait already break off with it."""
+        self.calls: Counter[str] = Counter()
+        """How often each verb was called, also in vain."""
+        self.span_batches: list[list[str]] = []
+        """The names of the spans of each `add_many_spans` that was passed on."""
+        self._store = store
+        self._thread_safe = thread_safe
+
+    @property
+    def capabilities(self) -> LightningStoreCapabilities:
+        given = self._store.capabilities
+        return given if self._thread_safe is None else {**given, "thread_safe": self._thread_safe}
+
+    async def close(self) -> None:
+        await self._store.close()
+
+    async def _forward(self, verb: str, *args: Any, **kwargs: Any) -> Any:
+        self.calls[verb] += 1
+        self._check()
+        if verb == "add_many_spans":
+            spans: Sequence[Span] = args[0] if args else kwargs["spans"]
+            self.span_batches.append([span.name for span in spans])
+        call = asyncio.ensure_future(getattr(self._store, verb)(*args, **kwargs))
+        try:
+            while not call.done():
+                await asyncio.wait({call}, timeout=_AWAY_POLL_SECONDS)
+                if not call.done():
+                    self._check()
+        finally:
+            call.cancel()
+        return await call
+
+    def _check(self) -> None:
+        if self.away:
+            raise ConnectionError("the store is out of reach, as the test wants it")
