@@ -21,7 +21,7 @@ from collections import ChainMap
 from collections.abc import Callable, Collection, Sequence
 from multiprocessing import Pipe, context, reduction, spawn, util
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import cloudpickle
 
@@ -45,29 +45,26 @@ class Payload:
     """
 
     def __init__(self, entry: Entry, what: str) -> None:
-        inheritance = _Inheritance()
+        inheritance, buffer = _Inheritance(), io.BytesIO()
         context.set_spawning_popen(cast(Any, inheritance))
         try:
-            pickled = _dump_by_value(entry)
+            _Pickler(buffer).dump(entry)
         except Exception as error:
             raise TypeError(f"{what} cannot be sent to another process: {error}") from error
         finally:
             context.set_spawning_popen(None)
-        self.data = pickle.dumps((sys.argv, pickled))
+        self.data = pickle.dumps((sys.argv, buffer.getvalue()))
         self.fds: Sequence[int] = inheritance.fds
         self._entry = entry  # keeps the file descriptors open
 
 
-def _dump_by_value(entry: Entry) -> bytes:
-    """As `cloudpickle.dumps`, which by itself knows nothing of the connections and sockets that `multiprocessing` can
-    hand to a process."""
-    buffer = io.BytesIO()
-    pickler = cloudpickle.Pickler(buffer)
-    pickler.dispatch_table = ChainMap(
-        pickler.dispatch_table, reduction.ForkingPickler(io.BytesIO()).dispatch_table
+class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # it has no types
+    """Pickles by value what is defined in a script, a notebook or a function, and, as an own `Process` would get them,
+    the connections and sockets that the task refers to."""
+
+    dispatch_table: ClassVar[Any] = ChainMap(
+        cloudpickle.Pickler.dispatch_table, reduction.ForkingPickler(io.BytesIO()).dispatch_table
     )
-    pickler.dump(entry)
-    return buffer.getvalue()
 
 
 class _Inheritance:
