@@ -6,7 +6,7 @@ whoever waits. It keeps no state of its own beside the watchdog's next deadline.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,7 @@ from lightning.store.arguments import (
     unknown_rollout,
 )
 from lightning.store.core import QUEUE
-from lightning.store.idempotency import applied_value, current_request, mark_applied, new_ids
+from lightning.store.idempotency import applied_value, current_request, id_source, mark_applied, new_ids
 from lightning.store.queries import (
     check_wait,
 )
@@ -166,13 +166,13 @@ class StoreEngine(ReadingVerbs):
     ) -> Sequence[AttemptedRollout]:
         now = await self._enter()
         check_worker_id(worker_id)
-        attempt_ids = new_ids("at", limit)
-        claimed = await self._claimed_before(attempt_ids)
+        attempt_id = id_source("at")
+        claimed = await self._claimed_before(attempt_id, limit)
         if claimed:
             return claimed
 
         def begin(record: RolloutRecord, taken: int) -> RolloutRecord:
-            return lifecycle.begin_attempt(record, attempt_ids[taken], worker_id, instance_id, now)
+            return lifecycle.begin_attempt(record, attempt_id(taken), worker_id, instance_id, now)
 
         changes = await self._persistence.claim_rollouts(limit, begin)
         if worker_id is not None:
@@ -182,12 +182,14 @@ class StoreEngine(ReadingVerbs):
         await self._tell_all([(change.before, change.after) for change in changes], now)
         return [change.after.to_attempted_rollout(change.after.attempts[-1]) for change in changes]
 
-    async def _claimed_before(self, attempt_ids: Sequence[str]) -> Sequence[AttemptedRollout]:
+    async def _claimed_before(
+        self, attempt_id_of: Callable[[int], str], limit: int
+    ) -> Sequence[AttemptedRollout]:
         """What this request claimed already, if it is a repeat: the attempts it begins have ids of its own."""
         claimed: list[AttemptedRollout] = []
         if current_request() is None:
             return claimed
-        for attempt_id in attempt_ids:
+        for attempt_id in map(attempt_id_of, range(limit)):
             record = await self._persistence.get_rollout_of_attempt(attempt_id)
             attempt = None if record is None else record.find_attempt(attempt_id)
             if record is None or attempt is None:

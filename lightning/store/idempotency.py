@@ -9,7 +9,7 @@ to be kept beside the data, or kept in step with it.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
@@ -43,12 +43,17 @@ def current_request(part: str = "") -> str | None:
     return None if request_id is None else _digest(f"{part}:{request_id}", 8)
 
 
-def new_ids(prefix: str, count: int) -> list[str]:
-    """`count` fresh identifiers such as `ro-…`: random ones, or the same ones for a repeat of the same request."""
+def id_source(prefix: str) -> Callable[[int], str]:
+    """Makes identifiers such as `ro-…`, by number: random ones, or the same ones for a repeat of the same request."""
     request_id = _request_id.get()
     if request_id is None:
-        return [f"{prefix}-{uuid.uuid4().hex}" for _ in range(count)]
-    return [f"{prefix}-{_digest(f'{prefix}:{index}:{request_id}', 16)}" for index in range(count)]
+        return lambda index: f"{prefix}-{uuid.uuid4().hex}"
+    return lambda index: f"{prefix}-{_digest(f'{prefix}:{index}:{request_id}', 16)}"
+
+
+def new_ids(prefix: str, count: int) -> list[str]:
+    """The first `count` identifiers of an `id_source`."""
+    return list(map(id_source(prefix), range(count)))
 
 
 def applied_value(record: RolloutRecord, request_digest: str | None) -> int | None:

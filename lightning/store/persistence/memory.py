@@ -138,9 +138,8 @@ class MemoryPersistence(Persistence):
     async def claim_rollouts(self, limit: int, transition: ClaimTransition) -> list[RolloutChange]:
         with self._lock:
             heads = list(islice(self._queue.values(), limit))
-            return [
-                self._replace(entry, transition(entry.record, taken)) for taken, entry in enumerate(heads)
-            ]
+            claimed = [transition(entry.record, taken) for taken, entry in enumerate(heads)]
+            return [self._replace(entry, after) for entry, after in zip(heads, claimed, strict=True)]
 
     async def find_rollouts(self, query: RolloutQuery) -> tuple[list[RolloutRecord], int]:
         page = query.page

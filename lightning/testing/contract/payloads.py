@@ -6,6 +6,7 @@ import dataclasses
 import enum
 import math
 from collections import OrderedDict
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
@@ -127,6 +128,9 @@ examples = settings(
 )
 
 
+Call = Callable[[], Awaitable[Any]]
+
+
 class PayloadContract(StoreTheme):
     """`input`, `metadata` and `heartbeat_stats`."""
 
@@ -210,24 +214,26 @@ class PayloadContract(StoreTheme):
         await store.update_worker("w-1")
         ids = (started.rollout_id, started.attempt.attempt_id)
         before = await everything(store)
-        for call in (
+        calls: list[Call] = [
             lambda: store.enqueue_rollout(bad),
             lambda: store.start_rollout(bad),
             lambda: store.enqueue_many_rollouts([EnqueueRolloutRequest(input=item) for item in (1, bad)]),
             lambda: store.update_rollout(ids[0], input=bad),
-        ):
+        ]
+        for call in calls:
             with refused(kind, f"input{mentions}" if mentions.startswith("[") else mentions):
                 await call()
         holding = {"value": bad}
         path = f'["value"]{mentions}' if mentions.startswith("[") else mentions
-        for name, call in (
+        named_calls: list[tuple[str, Call]] = [
             ("metadata", lambda: store.enqueue_rollout("task", metadata=holding)),
             ("metadata", lambda: store.start_rollout("task", metadata=holding)),
             ("metadata", lambda: store.update_rollout(ids[0], metadata=holding)),
             ("metadata", lambda: store.update_attempt(*ids, metadata=holding)),
             ("heartbeat_stats", lambda: store.update_worker("w-1", holding)),
             ("heartbeat_stats", lambda: store.update_worker("w-new", holding)),
-        ):
+        ]
+        for name, call in named_calls:
             with refused(kind, name, path):
                 await call()
         assert await everything(store) == before
@@ -236,13 +242,14 @@ class PayloadContract(StoreTheme):
     async def test_metadata_must_be_an_object(self, store: LightningStore, bad: Any) -> None:
         started = await store.start_rollout("task")
         before = await everything(store)
-        for name, call in (
+        calls: list[tuple[str, Call]] = [
             ("metadata", lambda: store.enqueue_rollout("task", metadata=bad)),
             ("metadata", lambda: store.start_rollout("task", metadata=bad)),
             ("metadata", lambda: store.update_rollout(started.rollout_id, metadata=bad)),
             ("metadata", lambda: store.update_attempt(started.rollout_id, "latest", metadata=bad)),
             ("heartbeat_stats", lambda: store.update_worker("w-1", bad)),
-        ):
+        ]
+        for name, call in calls:
             with refused(TypeError, name):
                 await call()
         assert await everything(store) == before

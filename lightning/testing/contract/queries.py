@@ -217,7 +217,7 @@ class SpanQueryContract(StoreTheme):
     async def test_spans_filtered_within_an_attempt(self, store: LightningStore) -> None:
         started, spans = await some_spans(store)
         again = await store.start_attempt(started.rollout_id)
-        other = await store.add_span(make_span(again, name="tool"))
+        (other,) = await store.add_many_spans([make_span(again, name="tool")])
         arguments: dict[str, Any] = {"rollout_id": started.rollout_id, "name": "tool"}
         await check_pages(store.query_spans, [spans[2], other], **arguments)
         await check_pages(store.query_spans, [other], **arguments, attempt_id="latest")

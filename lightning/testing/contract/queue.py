@@ -74,6 +74,11 @@ class QueueContract(StoreTheme):
         assert [rollout.attempt.worker_id for rollout in (*two, *rest)] == ["w-1", "w-1", None, None, None]
         assert all(r.status == r.attempt.status == "preparing" for r in (*two, *rest))
 
+    async def test_a_generous_limit_costs_nothing(self, store: LightningStore) -> None:
+        ids = await enqueue(store, 3)
+        claimed = await self.soon(store.dequeue_many_rollouts(limit=1_000_000_000))
+        assert [rollout.rollout_id for rollout in claimed] == ids
+
     async def test_without_a_limit_one_is_claimed(self, store: LightningStore) -> None:
         ids = await enqueue(store, 2)
         assert [rollout.rollout_id for rollout in await store.dequeue_many_rollouts()] == ids[:1]
