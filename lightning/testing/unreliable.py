@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -27,10 +28,13 @@ class UnreliableStore(ForwardingStore):
         """While True, calls raise `ConnectionError`, and those that wait already break off with it."""
         self.calls: Counter[str] = Counter()
         """How often each verb was called, also in vain."""
+        self.answers: Counter[str] = Counter()
+        """How often each verb was answered by `store`."""
         self.span_batches: list[list[str]] = []
         """The names of the spans of each `add_many_spans` that was passed on."""
         self._store = store
         self._thread_safe = thread_safe
+        self._changed = threading.Condition()
 
     @property
     def capabilities(self) -> LightningStoreCapabilities:
@@ -40,8 +44,30 @@ class UnreliableStore(ForwardingStore):
     async def close(self) -> None:
         await self._store.close()
 
+    async def wait_for_calls(self, verb: str, count: int = 1, *, timeout: float = 10.0) -> None:
+        """Wait until `verb` was called `count` times. Raises `TimeoutError` after `timeout` seconds."""
+        await self._wait_for(self.calls, verb, count, timeout)
+
+    async def wait_for_answers(self, verb: str, count: int = 1, *, timeout: float = 10.0) -> None:
+        """Wait until `verb` was answered `count` times. Raises `TimeoutError` after `timeout` seconds."""
+        await self._wait_for(self.answers, verb, count, timeout)
+
+    async def _wait_for(self, counts: Counter[str], verb: str, count: int, timeout: float) -> None:
+        def wait() -> bool:
+            with self._changed:
+                return self._changed.wait_for(lambda: counts[verb] >= count, timeout)
+
+        # calls may come from any thread
+        if not await asyncio.to_thread(wait):
+            raise TimeoutError(f"{verb}: {counts[verb]} instead of {count} within {timeout} s")
+
+    def _count(self, counts: Counter[str], verb: str) -> None:
+        with self._changed:
+            counts[verb] += 1
+            self._changed.notify_all()
+
     async def _forward(self, verb: str, *args: Any, **kwargs: Any) -> Any:
-        self.calls[verb] += 1
+        self._count(self.calls, verb)
         self._check()
         if verb == "add_many_spans":
             spans: Sequence[Span] = args[0] if args else kwargs["spans"]
@@ -54,7 +80,9 @@ class UnreliableStore(ForwardingStore):
                     self._check()
         finally:
             call.cancel()
-        return await call
+        answer = await call
+        self._count(self.answers, verb)
+        return answer
 
     def _check(self) -> None:
         if self.away:

@@ -15,12 +15,10 @@ _THREAD_END_SECONDS = 5.0
 
 
 @pytest.fixture(autouse=True)
-def no_thread_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
-    """A test must end the threads that it started, or say `leaves_threads`."""
+def no_thread_is_left() -> Iterator[None]:
+    """A test must end the threads of ours that it started."""
     before = set(threading.enumerate())
     yield
-    if request.node.get_closest_marker("leaves_threads"):
-        return
     for thread in set(threading.enumerate()) - before:
         if thread.name.startswith("lightning"):
             thread.join(_THREAD_END_SECONDS)

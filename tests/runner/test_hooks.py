@@ -136,8 +136,7 @@ async def test_hooks_are_ended_when_the_attempt_is_cancelled(store: UnreliableSt
 
     runner = AgentRunner(store=store, agent=agent, hooks=[Recorder(log)], max_rollouts=1)
     await runner.start()
-    while not store.calls["receive_commands"]:
-        await asyncio.sleep(0)
+    await store.wait_for_calls("receive_commands")
     enqueued = await store.enqueue_rollout("x")
     await asyncio.wait_for(runner.run(), DEADLINE_SECONDS)
     await runner.stop()

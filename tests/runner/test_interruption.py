@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -27,6 +26,7 @@ class Agents:
 
     def __init__(self) -> None:
         self.begun = threading.Event()
+        self.stopped = threading.Event()
         self.stopped_at: float | None = None
         self.stopped_by: BaseException | None = None
 
@@ -34,7 +34,7 @@ class Agents:
         TRACER.start_span(f"began {task}").end()
         try:
             self.begun.set()
-            while task == "hang":
+            if task == "hang":
                 await asyncio.sleep(3600)
         except BaseException as error:
             self.note(error)
@@ -53,6 +53,7 @@ class Agents:
     def note(self, error: BaseException) -> None:
         self.stopped_at = time.monotonic()
         self.stopped_by = error
+        self.stopped.set()
         TRACER.start_span("cleaned up").end()
 
 
@@ -66,14 +67,6 @@ async def begun(agents: Agents) -> None:
 async def ended(store: UnreliableStore, rollout: Rollout) -> Rollout:
     (one,) = await store.wait_for_rollouts(rollout_ids=[rollout.rollout_id], timeout=DEADLINE_SECONDS)
     return one
-
-
-async def until(condition: Callable[[], object]) -> None:
-    async def poll() -> None:
-        while not condition():
-            await asyncio.sleep(0.001)
-
-    await asyncio.wait_for(poll(), DEADLINE_SECONDS)
 
 
 async def latest_attempt(store: UnreliableStore, rollout: Rollout) -> Attempt:
@@ -92,7 +85,7 @@ async def test_a_cancelled_rollout_is_stopped_in_the_agents_code_and_the_next_is
     runner = AgentRunner(store=store, agent=getattr(agents, kind), max_rollouts=2, heartbeat_launch_mode=mode)
     work = asyncio.create_task(runner.run())
     await begun(agents)
-    await until(lambda: store.calls["receive_commands"])
+    await store.wait_for_calls("receive_commands")
     before = time.monotonic()
     await store.update_rollout(hanging.rollout_id, status="cancelled")
     assert (await ended(store, following)).status == "succeeded"
@@ -128,7 +121,7 @@ async def test_time_runs_out_even_if_the_store_cannot_say_so(store: UnreliableSt
     work = asyncio.create_task(AgentRunner(store=store, agent=agents.asynchronous, max_rollouts=1).run())
     await begun(agents)
     store.away = True
-    await until(lambda: agents.stopped_at)
+    assert await asyncio.to_thread(agents.stopped.wait, DEADLINE_SECONDS)
     store.away = False
     await asyncio.wait_for(work, DEADLINE_SECONDS)
     assert (await ended(store, hanging)).status == "failed"
@@ -179,7 +172,7 @@ async def test_what_an_interrupted_agent_returns_or_raises_in_spite_of_it_does_n
     agent = asynchronous if kind == "asynchronous" else plain
     work = asyncio.create_task(AgentRunner(store=store, agent=agent, max_rollouts=1).run())
     await begun(agents)
-    await until(lambda: store.calls["receive_commands"])
+    await store.wait_for_calls("receive_commands")
     await store.update_rollout(hanging.rollout_id, status="cancelled")
     await asyncio.wait_for(work, DEADLINE_SECONDS)
     attempt = await latest_attempt(store, hanging)
@@ -215,7 +208,7 @@ async def test_code_that_will_not_stop_is_left_behind_and_the_next_task_is_taken
         AgentRunner(store=store, agent=agent, max_rollouts=2, interrupt_grace=0.05).run()
     )
     assert await asyncio.to_thread(begun_hanging.wait, DEADLINE_SECONDS)
-    await until(lambda: store.calls["receive_commands"])
+    await store.wait_for_calls("receive_commands")
     await store.update_rollout(hanging.rollout_id, status="cancelled")
     assert (await ended(store, following)).status == "succeeded"
     await asyncio.wait_for(work, DEADLINE_SECONDS)
@@ -242,7 +235,7 @@ async def test_a_cancellation_before_the_agent_is_called_keeps_it_from_being_cal
     slow = Slow(store)
     work = asyncio.create_task(AgentRunner(store=slow, agent=called.append, max_rollouts=1).run())
     await asyncio.wait_for(fetching.wait(), DEADLINE_SECONDS)
-    await until(lambda: slow.calls["receive_commands"])
+    await slow.wait_for_calls("receive_commands")
     await store.update_rollout(enqueued.rollout_id, status="cancelled")
     await asyncio.wait_for(work, DEADLINE_SECONDS)
     assert called == []
@@ -252,7 +245,7 @@ async def test_a_cancellation_before_the_agent_is_called_keeps_it_from_being_cal
 async def test_a_command_for_an_attempt_that_is_not_in_hand_is_ignored(store: UnreliableStore) -> None:
     runner = AgentRunner(store=store, agent=lambda task: 1.0, max_rollouts=1)
     work = asyncio.create_task(runner.run())
-    await until(lambda: store.calls["receive_commands"])
+    await store.wait_for_calls("receive_commands")
     await store.send_command(CancelAttempt(rollout_id="ro", attempt_id="at", status="cancelled"))
     enqueued = await store.enqueue_rollout("x")
     await asyncio.wait_for(work, DEADLINE_SECONDS)
@@ -260,23 +253,25 @@ async def test_a_command_for_an_attempt_that_is_not_in_hand_is_ignored(store: Un
 
 
 async def test_cancelling_one_of_several_leaves_the_others_alone(store: UnreliableStore) -> None:
-    begun_all = asyncio.Event()
-    go_on = asyncio.Event()
+    begun_all, stopped, go_on = asyncio.Event(), asyncio.Event(), asyncio.Event()
     count = [0]
 
     async def agent(task: int) -> None:
         count[0] += 1
         if count[0] == 3:
             begun_all.set()
-        await go_on.wait()
+        try:
+            await go_on.wait()
+        finally:
+            stopped.set()
 
     enqueued = [await store.enqueue_rollout(number) for number in range(3)]
     runner = AgentRunner(store=store, agent=agent, concurrency=3, max_rollouts=3)
     work = asyncio.create_task(runner.run())
     await asyncio.wait_for(begun_all.wait(), DEADLINE_SECONDS)
-    await until(lambda: store.calls["receive_commands"])
+    await store.wait_for_calls("receive_commands")
     await store.update_rollout(enqueued[1].rollout_id, status="cancelled")
-    await until(lambda: len(runner._executions) == 2)
+    await asyncio.wait_for(stopped.wait(), DEADLINE_SECONDS)
     go_on.set()
     await asyncio.wait_for(work, DEADLINE_SECONDS)
     statuses = [(await ended(store, one)).status for one in enqueued]

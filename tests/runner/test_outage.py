@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -22,21 +21,13 @@ DEADLINE_SECONDS = 15.0
 TRACER = trace.get_tracer("tests")
 
 
-async def until(condition: Callable[[], object]) -> None:
-    async def poll() -> None:
-        while not condition():
-            await asyncio.sleep(0.001)
-
-    await asyncio.wait_for(poll(), DEADLINE_SECONDS)
-
-
 async def test_an_idle_runner_waits_for_the_store_and_says_so_once(
     store: UnreliableStore, caplog: pytest.LogCaptureFixture
 ) -> None:
     store.away = True
     runner = AgentRunner(store=store, agent=lambda task: 1.0, max_rollouts=1)
     work = asyncio.create_task(runner.run())
-    await until(lambda: store.calls["claim_rollouts"] >= 3)
+    await store.wait_for_calls("claim_rollouts", 3)
     store.away = False
     enqueued = await store.enqueue_rollout("x")
     await asyncio.wait_for(work, DEADLINE_SECONDS)
@@ -49,9 +40,9 @@ async def test_an_idle_runner_waits_for_the_store_and_says_so_once(
 async def test_a_claim_that_waits_when_the_store_goes_away_is_repeated(store: UnreliableStore) -> None:
     runner = AgentRunner(store=store, agent=lambda task: 1.0, max_rollouts=1)
     work = asyncio.create_task(runner.run())
-    await until(lambda: store.calls["claim_rollouts"] == 1)
+    await store.wait_for_calls("claim_rollouts", 1)
     store.away = True
-    await until(lambda: store.calls["claim_rollouts"] >= 2)
+    await store.wait_for_calls("claim_rollouts", 2)
     store.away = False
     await store.enqueue_rollout("x")
     await asyncio.wait_for(work, DEADLINE_SECONDS)
@@ -68,7 +59,7 @@ async def test_work_goes_on_while_the_store_is_away_and_all_of_it_arrives(store:
     await store.add_resources({"prompt": PromptTemplate(template="x")})
     enqueued = await store.enqueue_rollout("x")
     work = asyncio.create_task(AgentRunner(store=store, agent=agent, max_rollouts=1).run())
-    await until(lambda: store.away and store.calls["add_many_spans"] >= 3)
+    await store.wait_for_calls("add_many_spans", 3)
     assert store.calls["update_attempt"] == 0
     store.away = False
     await asyncio.wait_for(work, DEADLINE_SECONDS)
@@ -150,12 +141,12 @@ async def test_a_runner_can_be_stopped_while_the_store_is_away(
 
     runner = AgentRunner(store=store, agent=agent, stop_grace=0.05)
     work = asyncio.create_task(runner.run(event))
-    await until(lambda: store.calls["claim_rollouts"])
+    await store.wait_for_calls("claim_rollouts")
     if idle:
         store.away = True
     else:
         await store.enqueue_rollout("x")
-        await until(lambda: store.calls["add_many_spans"])
+        await store.wait_for_calls("add_many_spans")
     event.set()
     await asyncio.wait_for(work, DEADLINE_SECONDS)
     messages = [record.message for record in caplog.records]

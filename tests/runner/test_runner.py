@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -75,14 +75,6 @@ async def names_of(store: LightningStore, of: Rollout) -> list[str]:
     return [span.name for span in await store.query_spans(of.rollout_id)]
 
 
-async def until(condition: Callable[[], object]) -> None:
-    async def poll() -> None:
-        while not condition():
-            await asyncio.sleep(0.001)
-
-    await asyncio.wait_for(poll(), DEADLINE_SECONDS)
-
-
 @rollout
 async def async_agent(task: Any) -> float:
     with TRACER.start_as_current_span(f"work on {task}"):
@@ -124,7 +116,7 @@ async def test_a_rollout_is_claimed_executed_traced_and_reported(
 async def test_many_rollouts_are_executed_in_order_each_once(store: UnreliableStore) -> None:
     seen: list[int] = []
     enqueued = [await store.enqueue_rollout(number) for number in range(50)]
-    async with running(store, rollout(lambda task: seen.append(task))):
+    async with running(store, rollout(seen.append)):
         ended = await finished(store, *enqueued)
     assert seen == list(range(50))
     assert {one.status for one in ended} == {"succeeded"}
@@ -177,7 +169,7 @@ async def test_a_plain_function_finds_itself_on_the_same_thread_each_time(store:
 async def test_an_idle_runner_begins_at_once(store: UnreliableStore) -> None:
     begun: list[float] = []
     async with running(store, rollout(lambda task: begun.append(time.monotonic()))):
-        await until(lambda: store.calls["claim_rollouts"])
+        await store.wait_for_calls("claim_rollouts")
         before = time.monotonic()
         await finished(store, await store.enqueue_rollout("x"))
     assert begun[0] - before < 0.1
@@ -192,12 +184,8 @@ async def test_the_first_span_is_stored_while_the_agent_still_works(store: Unrel
 
     enqueued = await store.enqueue_rollout("x")
     async with running(store, agent):
-
-        async def is_running() -> None:
-            while (await store.query_rollouts(status_in=["running"])).total == 0:
-                await asyncio.sleep(0.001)
-
-        await asyncio.wait_for(is_running(), DEADLINE_SECONDS)
+        await store.wait_for_answers("add_many_spans")
+        assert (await store.query_rollouts(status_in=["running"])).total == 1
         assert await names_of(store, enqueued) == ["early"]
         go_on.set()
         await finished(store, enqueued)
@@ -295,7 +283,10 @@ async def test_resources_that_do_not_exist_fail_the_attempt() -> None:
 
 
 async def test_a_plain_function_may_return_an_awaitable(store: UnreliableStore) -> None:
-    ended = await run_one(store, lambda task: async_agent(task))
+    def agent(task: Any) -> Any:
+        return async_agent(task)
+
+    ended = await run_one(store, agent)
     assert ended.status == "succeeded"
     assert find_final_reward(await store.query_spans(ended.rollout_id)) == 0.5
 
@@ -366,7 +357,7 @@ async def test_an_event_ends_an_idle_runner_at_once(store: UnreliableStore) -> N
     runner = AgentRunner(store=store, agent=async_agent)
     event = threading.Event()
     work = asyncio.create_task(runner.run(event))
-    await until(lambda: store.calls["claim_rollouts"])
+    await store.wait_for_calls("claim_rollouts")
     before = time.monotonic()
     event.set()
     await asyncio.wait_for(work, DEADLINE_SECONDS)
@@ -420,9 +411,9 @@ async def test_a_drain_lets_work_end_and_takes_no_more(store: UnreliableStore) -
     runner = AgentRunner(store=store, agent=agent)
     work = asyncio.create_task(runner.run())
     await asyncio.wait_for(begun.wait(), DEADLINE_SECONDS)
-    await until(lambda: store.calls["receive_commands"])
+    await store.wait_for_calls("receive_commands")
     assert await store.send_command(Drain(reason="test"), runner.worker_id) == 1
-    await until(lambda: runner._ending == "drain")
+    await store.wait_for_calls("receive_commands", 2)  # the first one brought it
     assert not work.done()
     go_on.set()
     await asyncio.wait_for(work, DEADLINE_SECONDS)
@@ -435,7 +426,7 @@ async def test_a_drain_lets_work_end_and_takes_no_more(store: UnreliableStore) -
 async def test_drain_can_be_asked_of_the_runner_itself(store: UnreliableStore) -> None:
     runner = AgentRunner(store=store, agent=async_agent)
     work = asyncio.create_task(runner.run())
-    await until(lambda: store.calls["claim_rollouts"])
+    await store.wait_for_calls("claim_rollouts")
     threading.Thread(target=runner.drain).start()
     await asyncio.wait_for(work, DEADLINE_SECONDS)
 
@@ -451,7 +442,7 @@ async def test_a_stop_command_interrupts_and_ends_the_runner(store: UnreliableSt
     runner = AgentRunner(store=store, agent=agent)
     work = asyncio.create_task(runner.run())
     await asyncio.wait_for(begun.wait(), DEADLINE_SECONDS)
-    await until(lambda: store.calls["receive_commands"])
+    await store.wait_for_calls("receive_commands")
     await store.send_command(Stop(reason="test"))
     await asyncio.wait_for(work, DEADLINE_SECONDS)
     left = await store.get_rollout_by_id(enqueued.rollout_id)
@@ -485,7 +476,7 @@ async def test_stop_ends_a_run_that_is_going_on_elsewhere(store: UnreliableStore
     runner = AgentRunner(store=store, agent=async_agent)
     await runner.start()
     work = asyncio.create_task(runner.run())
-    await until(lambda: store.calls["claim_rollouts"])
+    await store.wait_for_calls("claim_rollouts")
     await asyncio.wait_for(runner.stop(), DEADLINE_SECONDS)
     await asyncio.wait_for(work, DEADLINE_SECONDS)
     await runner.stop()
@@ -493,7 +484,7 @@ async def test_stop_ends_a_run_that_is_going_on_elsewhere(store: UnreliableStore
 
 async def test_a_store_that_was_closed_is_an_error_of_run(store: UnreliableStore) -> None:
     work = asyncio.create_task(AgentRunner(store=store, agent=async_agent).run())
-    await until(lambda: store.calls["claim_rollouts"])
+    await store.wait_for_calls("claim_rollouts")
     await store.close()
     with pytest.raises(RuntimeError, match="the store was closed"):
         await asyncio.wait_for(work, DEADLINE_SECONDS)

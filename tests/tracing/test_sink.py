@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -43,18 +43,10 @@ async def stored_names(store: UnreliableStore, attempt: AttemptTrace) -> list[st
     return [found.name for found in await store.query_spans(attempt.rollout_id, attempt.attempt_id)]
 
 
-async def until(condition: Callable[[], object]) -> None:
-    async def poll() -> None:
-        while not condition():
-            await asyncio.sleep(0)
-
-    await asyncio.wait_for(poll(), DEADLINE_SECONDS)
-
-
 async def test_the_first_span_is_sent_at_once_and_makes_the_attempt_running(store: UnreliableStore) -> None:
     async with attempt_trace(store) as attempt:
         attempt.put(span("first"))
-        await until(lambda: attempt.stored == 1)
+        await store.wait_for_answers("add_many_spans")
         rollout = await store.get_rollout_by_id(attempt.rollout_id)
         assert rollout is not None
         assert rollout.status == "running"
@@ -108,7 +100,7 @@ async def test_spans_wait_for_a_store_that_is_away(
     async with attempt_trace(store) as attempt:
         store.away = True
         attempt.put(span("one", 1))
-        await until(lambda: store.calls["add_many_spans"] >= 2)
+        await store.wait_for_calls("add_many_spans", 2)
         attempt.put(span("two", 2))
         flushing = asyncio.ensure_future(attempt.flush())
         await asyncio.sleep(0)
@@ -128,7 +120,7 @@ async def test_what_exceeds_the_bounds_while_the_store_is_away_is_dropped_and_co
     async with attempt_trace(store, **bounds) as attempt:
         store.away = True
         attempt.put(span("in flight", 99))
-        await until(lambda: store.calls["add_many_spans"])
+        await store.wait_for_calls("add_many_spans")
         for number in range(5):
             attempt.put(span(f"s{number}", number + 1, attributes={"text": "x" * 1000}))
         assert attempt.dropped == 2
@@ -177,7 +169,7 @@ async def test_close_with_a_time_limit_gives_up_on_a_store_that_stays_away(store
     async with attempt_trace(store) as attempt:
         store.away = True
         attempt.put(span("s", 1))
-        await until(lambda: store.calls["add_many_spans"])
+        await store.wait_for_calls("add_many_spans")
         attempt.put(span("s", 2))
         await attempt.close(0.01)
         assert attempt.dropped == 2
