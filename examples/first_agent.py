@@ -2,12 +2,15 @@ import lightning as lt
 
 
 @lt.rollout
-def answer(task, prompt_template):  # the agent: gets a task and the resources it asks for by name, returns a reward
+def answer(task, prompt_template):
+    """The agent: gets a task and the resources that it asks for by name, and returns a reward."""
     claim = prompt_template.format(number=task)
     return 1.0 if claim.endswith("even") == (task % 2 == 0) else 0.0
 
 
-class TryPrompts(lt.Algorithm):  # the algorithm: publishes resources, hands out work, reads what happened
+class TryPrompts(lt.Algorithm):
+    """The algorithm: publishes resources, hands out work, reads what happened."""
+
     async def run(self, train_dataset=None, val_dataset=None):
         store = self.get_store()
         for template in ("{number} is odd", "{number} is even"):
@@ -18,5 +21,5 @@ class TryPrompts(lt.Algorithm):  # the algorithm: publishes resources, hands out
             print(f"{template}: mean reward {sum(rewards) / len(rewards):.2f}")
 
 
-if __name__ == "__main__":  # a store server and two runners in processes of their own, connected over gRPC
+if __name__ == "__main__":  # a store server and two runners in processes of their own, over gRPC
     lt.Trainer(algorithm=TryPrompts(), n_runners=2).fit(answer, train_dataset=[1, 2, 3, 5, 7, 8, 9, 11])

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from lightning.cli.demo import run_demo
 from lightning.cli.errors import run_reporting
 from lightning.cli.runner import run_runners
 from lightning.cli.store import serve_store
@@ -37,6 +38,8 @@ def lightning(
 ) -> None:
     """Train agents over gRPC: one store hands out work, runners on any machine do it, an algorithm learns from it.
 
+    To see it at work: [bold]lightning demo[/]
+
     A training by hand takes three terminals, or three machines:
 
       [bold]lightning store[/]                         a store server
@@ -49,6 +52,7 @@ def lightning(
 
 app.command("store")(serve_store)
 app.command("runner")(run_runners)
+app.command("demo")(run_demo)
 
 
 def main() -> None:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lightning.cli.addresses import parse_address
 from lightning.cli.errors import EXIT_USAGE, CommandError, reporting
 
 if TYPE_CHECKING:
@@ -21,7 +20,7 @@ _CONNECT_TIMEOUT_SECONDS = 5.0
 _STRATEGIES = ("cs", "shm")
 
 
-def demo(
+def run_demo(
     connect: Annotated[
         str | None,
         typer.Option(
@@ -72,7 +71,7 @@ def demo(
         raise CommandError(
             f"the demo needs {', '.join(missing)}: pip install 'agent-lightning-grpc[demo]'", EXIT_USAGE
         )
-    address = None if connect is None else parse_address(connect)
+    address = None if connect is None else _address(connect)
     _writable_folder(out)
     from rich.console import Console
 
@@ -115,6 +114,13 @@ def _train(
     return training.result
 
 
+def _address(given: str) -> str:
+    from lightning.rpc.address import parse_endpoint
+
+    with reporting(ValueError, exit_code=EXIT_USAGE):
+        return str(parse_endpoint(given))
+
+
 def _connected(address: str) -> Any:
     """A client of the server at `address`, which is known to be there."""
     import asyncio
@@ -128,8 +134,12 @@ def _connected(address: str) -> Any:
         finally:
             await client.close()
 
-    with reporting(ConnectionError):
+    try:
         asyncio.run(greet())
+    except (ConnectionError, TimeoutError, asyncio.TimeoutError):
+        raise CommandError(
+            f"there is no store server at {address}; start one with: lightning store"
+        ) from None
     return LightningStoreClient(address)
 
 

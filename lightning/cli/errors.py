@@ -42,7 +42,13 @@ def reporting(*expected: type[Exception], exit_code: int = EXIT_FAILURE) -> Gene
     try:
         yield
     except expected as error:
-        raise CommandError(str(error) or type(error).__name__, exit_code) from error
+        raise CommandError(_message(error), exit_code) from error
+
+
+def _message(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror and not error.filename:
+        return error.strerror  # without the number that str() puts before it
+    return str(error) or type(error).__name__
 
 
 def run_reporting(command: Callable[[], Any]) -> int:

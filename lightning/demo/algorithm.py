@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from lightning.demo.episodes import RESOURCE_NAME, CartPolePolicy, EpisodeAdapter
 from lightning.demo.plan import TrainingPlan, Validations, episode_seeds
@@ -115,7 +115,7 @@ class CartPoleTraining(Algorithm):
     async def _play(self, iteration: int, count: int, mode: RolloutMode) -> list[Trajectory]:
         """Have `count` episodes played by the policy of this iteration, and read them back."""
         store = self.get_store()
-        purpose = "val" if mode == "val" else "train"
+        purpose: Literal["train", "val"] = "val" if mode == "val" else "train"
         rollouts = await store.enqueue_many_rollouts(
             [
                 EnqueueRolloutRequest(

@@ -320,7 +320,9 @@ def test_a_step_needs_episodes() -> None:
 
 
 def test_few_episodes_improve_the_policy() -> None:
-    plan = TrainingPlan(max_iterations=3, episodes_per_iteration=8, validation_episodes=10)
+    plan = TrainingPlan(
+        max_iterations=3, iterations_per_validation=3, episodes_per_iteration=8, validation_episodes=10
+    )
     _, validations = train(1, plan)
     (_, start), (iteration, end) = validations.curve
     assert iteration == 3
