@@ -8,11 +8,10 @@ from pathlib import Path
 import pytest
 
 from lightning.store import SQLiteLightningStore
-from lightning.testing import FakeClock
-from lightning.testing.contract import StoreContractSuite
+from lightning.testing import ClockedStoreContractSuite, FakeClock, RunnerContract
 
 
-class TestSQLiteFile(StoreContractSuite):
+class TestSQLiteFile(ClockedStoreContractSuite, RunnerContract):
     @pytest.fixture
     async def store(self, tmp_path: Path, clock: FakeClock) -> AsyncIterator[SQLiteLightningStore]:
         store = SQLiteLightningStore(tmp_path / "store.db", clock=clock)
@@ -20,7 +19,7 @@ class TestSQLiteFile(StoreContractSuite):
         await store.close()
 
 
-class TestSQLiteInMemory(StoreContractSuite):
+class TestSQLiteInMemory(ClockedStoreContractSuite, RunnerContract):
     @pytest.fixture
     async def store(self, clock: FakeClock) -> AsyncIterator[SQLiteLightningStore]:
         store = SQLiteLightningStore(":memory:", clock=clock)
