@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -79,35 +81,49 @@ def run_demo(
 
     plan = TrainingPlan(max_iterations=iterations)
     console = Console()
-    result = _train(console, plan, seed, strategy, n_runners, address)
+    stored = out / f"cartpole-seed{seed}-{time.strftime('%Y%m%d-%H%M%S')}.db"
+    result = _train(console, plan, seed, _execution(address, strategy, n_runners, f"sqlite:{stored}"))
     _report(console, result, out / f"cartpole-seed{seed}.png")
+    backend = f"lightning store --backend sqlite:{stored}" if address is None else f"the store at {address}"
+    console.print(f"what was stored    {backend}", highlight=False, soft_wrap=True)
 
 
-def _train(
-    console: Console, plan: TrainingPlan, seed: int, strategy: str, n_runners: int, address: str | None
-) -> TrainingResult:
+@dataclass(frozen=True)
+class _Execution:
+    """How the parts of the training are run."""
+
+    title: str
+    options: dict[str, Any]
+    """For the `Trainer`."""
+    hint: str | None = None
+
+
+def _execution(address: str | None, strategy: str, n_runners: int, store_url: str) -> _Execution:
+    if address is not None:
+        options = {"strategy": {"type": "cs", "role": "algorithm"}, "store": _connected(address)}
+        hint = f"no runners yet: lightning runner lightning.demo:agent --connect {address} -n 2"
+        return _Execution(f"store at {address}", options, hint)
+    title = f"{n_runners} runners"
+    if strategy == "shm":
+        return _Execution(title, {"strategy": strategy, "n_runners": n_runners, "store": store_url})
+    return _Execution(title, {"strategy": {"type": strategy, "store_url": store_url}, "n_runners": n_runners})
+
+
+def _train(console: Console, plan: TrainingPlan, seed: int, execution: _Execution) -> TrainingResult:
     from lightning.demo.algorithm import CartPoleTraining
     from lightning.demo.episodes import agent
     from lightning.demo.view import TrainingView
     from lightning.execution import ExecutionError
     from lightning.training import Trainer
 
-    title = f"CartPole-v1, seed {seed}, " + (f"store at {address}" if address else f"{n_runners} runners")
-    hint = (
-        f"no runners yet: lightning runner lightning.demo:agent --connect {address} -n 2" if address else None
-    )
-    options: dict[str, Any]
-    if address is None:
-        options = {"strategy": strategy, "n_runners": n_runners}
-    else:
-        options = {"strategy": {"type": "cs", "role": "algorithm"}, "store": _connected(address)}
-    with TrainingView(console, title, hint) as view:
+    title = f"CartPole-v1, seed {seed}, {execution.title}"
+    with TrainingView(console, title, execution.hint) as view:
         training = CartPoleTraining(seed, plan, observer=view)
         trainer = Trainer(
             algorithm=training,
             agent=agent,
             runner={"heartbeat_interval": 1.0, "interval_jitter": 0.2},
-            **options,
+            **execution.options,
         )
         with reporting(ConnectionError, ExecutionError, RuntimeError):
             trainer.fit()

@@ -20,8 +20,12 @@ def serve_store(
     port: Annotated[int, typer.Option(min=0, max=65535, help="The port; 0 picks a free one.")] = 4747,
     backend: Annotated[
         str,
-        typer.Option(metavar="BACKEND", help="What keeps the data: [bold]memory[/], until the server ends."),
-    ] = "memory",
+        typer.Option(
+            metavar="BACKEND",
+            help="What keeps the data: [bold]sqlite:PATH[/], a file; [bold]sqlite[/], the file in your data folder; "
+            "[bold]memory[/], until the server ends.",
+        ),
+    ] = "sqlite",
     insecure: Annotated[
         bool,
         typer.Option(
@@ -41,7 +45,8 @@ def serve_store(
     """
     from lightning.rpc import LightningStoreServer
     from lightning.rpc.address import is_loopback
-    from lightning.store.open import open_store
+    from lightning.store.open import full_url, open_store
+    from lightning.store.persistence.abc import BackendError
 
     if not insecure and not is_loopback(host):
         raise CommandError(
@@ -51,8 +56,8 @@ def serve_store(
         )
     with reporting(ValueError, exit_code=EXIT_USAGE):
         server = LightningStoreServer(open_store(backend), host, port, allow_insecure=insecure)
-    with reporting(OSError):
-        asyncio.run(_serve(server, backend, host))
+    with reporting(OSError, BackendError):
+        asyncio.run(_serve(server, full_url(backend), host))
 
 
 async def _serve(server: LightningStoreServer, backend: str, host: str) -> None:
@@ -62,6 +67,7 @@ async def _serve(server: LightningStoreServer, backend: str, host: str) -> None:
         loop.add_signal_handler(number, asked.set)
     try:
         await server.start()
+        await server.statistics()  # opens the backend, so that what is wrong with it is said now
         typer.echo(_welcome(server, backend, host))
         await asked.wait()
         typer.echo("ending: new calls are refused, those under way are finished")

@@ -44,6 +44,7 @@ async def serve_store(link: ParentLink, url: str, host: str, port: int, allow_in
         server = LightningStoreServer(store, host, port, allow_insecure=allow_insecure)
         await server.start()
         try:
+            await server.statistics()  # opens the backend, so that what is wrong with it is said now
             link.report(server.endpoint)
             await asyncio.wait({told})
         finally:

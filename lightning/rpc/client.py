@@ -109,8 +109,8 @@ class LightningStoreClient(LightningStore):
         """The server's address, as `host:port`."""
         return str(self._endpoint)
 
-    async def wait_until_ready(self, timeout: float = _READY_TIMEOUT_SECONDS) -> None:
-        """Wait until the server is there. Raises `StoreUnavailableError` after `timeout` seconds."""
+    async def wait_until_ready(self, timeout: float | None = _READY_TIMEOUT_SECONDS) -> None:
+        """Wait until the server is there. Raises `StoreUnavailableError` after `timeout` seconds (None: never)."""
         await self._connect().wait_until_ready(timeout)
 
     async def close(self) -> None:

@@ -6,6 +6,7 @@ Everything here runs on the process's event loop for gRPC; `Connection`'s public
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import random
 import time
@@ -86,7 +87,7 @@ class Connection:
         """What a worker is told, see `LightningStore.receive_commands`. Raises as `unary`."""
         return await self._run(self._receive_commands(worker_id, instance_id, timeout))
 
-    async def wait_until_ready(self, timeout: float) -> None:
+    async def wait_until_ready(self, timeout: float | None) -> None:
         """Return when the server answers health checks. Raises `StoreUnavailableError` after `timeout` seconds."""
         await self._run(self._wait_until_ready(timeout))
 
@@ -203,14 +204,14 @@ class Connection:
         serving: bool = answer.status == health_pb2.HealthCheckResponse.SERVING
         return serving
 
-    async def _wait_until_ready(self, timeout: float) -> None:
-        deadline = time.monotonic() + timeout
+    async def _wait_until_ready(self, timeout: float | None) -> None:
+        deadline = math.inf if timeout is None else time.monotonic() + timeout
         pause = _MIN_PROBE_PAUSE_SECONDS
         while not await self._is_healthy():
             rest = deadline - time.monotonic()
             if rest <= 0:
                 raise StoreUnavailableError(
-                    f"no store answered at {self.endpoint} within {timeout:g} s; is the address right, and is "
+                    f"no store answered at {self.endpoint} in time ({timeout} s); is the address right, and is "
                     "`lightning store` running there?"
                 )
             await asyncio.sleep(min(pause, rest))

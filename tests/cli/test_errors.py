@@ -69,7 +69,7 @@ def closed_port() -> int:
         ("runner json:loads --connect ftp://a:1", 2, ["'ftp://a:1' is not the address", "the scheme 'ftp'"]),
         ("runner json:loads --connect a:99999", 2, ["'a:99999' is not the address of a store"]),
         ("store --port 99999", 2, ["Invalid value for '--port'"]),
-        ("store --backend nonsense", 2, ["unknown store 'nonsense'; a store is one of: memory"]),
+        ("store --backend nonsense", 2, ["unknown store 'nonsense'; a store is one of: memory, sqlite"]),
         ("store --host 0.0.0.0", 2, ["0.0.0.0 can be reached from other machines", "--insecure"]),
         ("store --host 192.0.2.1 --insecure --port 0", 1, ["cannot listen at 192.0.2.1:0"]),
     ],
