@@ -25,6 +25,8 @@ def config_to_proto(config: RolloutConfig) -> rollout_pb2.RolloutConfig:
     """Encode a rollout's config. Raises `TypeError` if it is none, and as `build` for a bad field."""
     if not isinstance(config, RolloutConfig):
         raise TypeError(f"config must be a RolloutConfig, not {type(config).__name__}")
+    if config.max_attempts == 0:  # on the wire, 0 is the default and read as 1
+        raise ValueError("config.max_attempts must be at least 1, not 0")
     return build(
         rollout_pb2.RolloutConfig,
         timeout_seconds=config.timeout_seconds,

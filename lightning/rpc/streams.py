@@ -120,9 +120,13 @@ async def worker_session(
     outbox: Outbox[pb.WorkerSessionResponse] = Outbox()
     service.streams.add(outbox, key)
     try:
+        # asking opens the worker's mailbox: from the welcome on, whatever is sent to it arrives
+        first = await service.store.receive_commands(worker_id, instance_id=instance_id, timeout=0)
         worker = await service.store.get_worker_by_id(worker_id)
         known = None if worker is None else codec.worker_to_proto(worker)
         yield pb.WorkerSessionResponse(welcome=pb.WorkerSessionResponse.Welcome(worker=known))
+        for command in first:
+            yield _command_message(command)
         outbox.produce(
             _record_heartbeats(service, requests, hello, outbox),
             _forward_commands(service, worker_id, instance_id, outbox),
