@@ -162,7 +162,7 @@ class Expire(Operation):
             record = await backend.get_rollout(rollout_id)
             assert record is not None
             due.append(lifecycle.next_deadline(record))  # whose turn it is, of two at a time, is not agreed
-        for rollout_id in everything:
+        for rollout_id in sorted(everything):
             await backend.change_rollout(rollout_id, lambda record: lifecycle.expire(record, self.now))
         return sorted(everything), due
 
