@@ -15,8 +15,8 @@ from collections.abc import Coroutine
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
-from lightning.store.contract import LightningStore
-from lightning.store.forwarding import ForwardingStore
+from lightning.store.broker import BrokerClosed
+from lightning.store.forwarding import ForwardingStore, complete
 from lightning.types import LightningStoreCapabilities
 
 T = TypeVar("T")
@@ -92,13 +92,18 @@ class LightningStoreThreaded(ForwardingStore):
     """Makes `store` safe to use from any thread and event loop.
 
     Args:
-        store: From now on to be used only through this object, which also closes it.
+        store: A `LightningStore`, or any object with its methods. From now on to be used only through this object,
+            which also closes it.
+
+    Raises:
+        TypeError: `store` lacks a method.
     """
 
-    def __init__(self, store: LightningStore) -> None:
-        self._store = store
+    def __init__(self, store: Any) -> None:
+        self._store = complete(store)
         self._thread: LoopThread | None = None
         self._thread_lock = threading.Lock()
+        self._closed = False
 
     @property
     def capabilities(self) -> LightningStoreCapabilities:
@@ -106,15 +111,22 @@ class LightningStoreThreaded(ForwardingStore):
 
     async def close(self) -> None:
         with self._thread_lock:
+            closed, self._closed = self._closed, True
             thread, self._thread = self._thread, None
-        if thread is not None and not thread.stopped:
-            await thread.run(self._store.close())
-            thread.stop()
-        elif thread is None:
+        if closed:
+            return
+        if thread is None:
             await self._store.close()
+        elif not thread.stopped:
+            try:
+                await thread.run(self._store.close())
+            finally:
+                thread.stop()
 
     async def _forward(self, verb: str, *args: Any, **kwargs: Any) -> Any:
         with self._thread_lock:
+            if self._closed:
+                raise BrokerClosed("the store was closed")
             if self._thread is None:
                 self._thread = LoopThread("lightning-store")
             thread = self._thread
