@@ -44,6 +44,7 @@ COMMAND_WAIT_SECONDS = 30.0
 _START_WAIT_SECONDS = 2.0
 """How long `start` waits for the first heartbeat to arrive."""
 _LAST_HEARTBEAT_SECONDS = 2.0
+_RECOVERY_SECONDS = 1.0
 _THREAD_JOIN_SECONDS = 1.0
 
 HeartbeatLaunchMode = Literal["thread", "asyncio"]
@@ -72,7 +73,8 @@ class AgentRunner:
             keeps its lease; the store must be thread-safe. `"asyncio"`: on the runner's event loop. Default: in a
             thread, if the store is thread-safe.
         heartbeat_include_gpu: Whether heartbeats measure GPUs.
-        interrupt_grace: Seconds that interrupted code has to clean up before it is left behind.
+        interrupt_grace: Seconds to wait for interrupted code to end before the next task is taken; it is left behind
+            then, and may go on cleaning up.
         stop_grace: Seconds that rollouts have to end by themselves when the event given to `run` is set.
 
     Raises:
@@ -94,19 +96,21 @@ class AgentRunner:
         interval_jitter: float = 0.5,
         heartbeat_launch_mode: HeartbeatLaunchMode | None = None,
         heartbeat_include_gpu: bool = False,
-        interrupt_grace: float = 5.0,
+        interrupt_grace: float = 1.0,
         stop_grace: float = 2.0,
     ) -> None:
         _check_at_least(1, concurrency=concurrency, max_rollouts=max_rollouts)
         _check_at_least(
             0, interval_jitter=interval_jitter, interrupt_grace=interrupt_grace, stop_grace=stop_grace
         )
+        if worker_id == "":
+            raise ValueError("worker_id must not be empty")
         if not 0 < heartbeat_interval < math.inf:
             raise ValueError(f"heartbeat_interval must be positive, not {heartbeat_interval!r}")
         self.store = complete(store)
         self.tracer = tracer or OtelTracer()
         self.hooks = Hooks(hooks)
-        self.worker_id = worker_id or f"worker-{uuid.uuid4().hex}"
+        self.worker_id = f"worker-{uuid.uuid4().hex}" if worker_id is None else worker_id
         self.instance_id = uuid.uuid4().hex
         """Names this runner among those that have the same `worker_id`, before or beside it."""
         self.interrupt_grace = interrupt_grace
@@ -162,6 +166,7 @@ class AgentRunner:
             worker_id=self.worker_id,
             instance_id=self.instance_id,
             attempts=self._attempts_in_hand,
+            shortest_lease=self._shortest_lease,
             obey=self._obey_from_anywhere,
             interval=self._heartbeat_interval,
             jitter=self._interval_jitter,
@@ -298,9 +303,12 @@ class AgentRunner:
                 await unless(self._wind_down, _first_done(self._tasks))
             else:
                 left = free if self._max_rollouts is None else min(free, self._max_rollouts - begun)
-                for rollout in await unless(self._wind_down, self._claim(left)) or ():
+                claimed = await unless(self._wind_down, self._claim(left))
+                for rollout in claimed or ():
                     self._begin(rollout)
                     begun += 1
+                if claimed is None:
+                    await self._recover_broken_claim()
 
     async def _claim(self, limit: int) -> Sequence[AttemptedRollout]:
         backoff = Backoff()
@@ -325,6 +333,8 @@ class AgentRunner:
         task = asyncio.create_task(execution.run())
         self._executions[execution.attempt_id] = execution
         self._tasks.add(task)
+        if self._heartbeat is not None:
+            self._heartbeat.lease_begins()
 
         def ended(task: asyncio.Task[Outcome]) -> None:
             self._executions.pop(execution.attempt_id, None)
@@ -347,11 +357,37 @@ class AgentRunner:
                 task.cancel()
             raise
 
+    async def _recover_broken_claim(self) -> None:
+        try:
+            await asyncio.wait_for(self._begin_unanswered(), _RECOVERY_SECONDS)
+        except Exception as error:  # noqa: BLE001  # the store may be going away too
+            logger.debug("worker %s cannot tell whether it claimed something: %r", self.worker_id, error)
+
+    async def _begin_unanswered(self) -> None:
+        """Begin what a claim that was broken off had claimed for this runner before it could say so."""
+        assert self._heartbeat is not None
+        worker = await self.store.get_worker_by_id(self.worker_id)
+        if worker is None or worker.current_attempt_id in (None, *self._executions):
+            return
+        claimed = {
+            rollout.attempt.attempt_id: rollout
+            for rollout in await self.store.query_rollouts(status_in=["preparing"])
+            if isinstance(rollout, AttemptedRollout) and rollout.attempt.worker_id == self.worker_id
+        }
+        unknown = [_ref(rollout) for key, rollout in claimed.items() if key not in self._executions]
+        # another process under this worker's name has attempts too: those are its own
+        for ref in await self.run_upkeep(self._heartbeat.still_held(unknown)):
+            logger.info("attempt %s was claimed by a call that was broken off", ref.attempt_id)
+            self._begin(claimed[ref.attempt_id])
+
     def _attempts_in_hand(self) -> list[AttemptRef]:
-        return [
-            AttemptRef(rollout_id=execution.rollout.rollout_id, attempt_id=execution.attempt_id)
-            for execution in list(self._executions.values())
+        return [_ref(execution.rollout) for execution in list(self._executions.values())]
+
+    def _shortest_lease(self) -> float | None:
+        leases = [
+            execution.rollout.config.unresponsive_seconds for execution in list(self._executions.values())
         ]
+        return min((lease for lease in leases if lease is not None), default=None)
 
     # --- Being told --------------------------------------------------------------------------------------------
 
@@ -447,6 +483,10 @@ class AgentRunner:
 
 _ENDINGS: tuple[_Ending | None, ...] = (None, "drain", "event", "stop")
 """How `run` ends, in order of urgency."""
+
+
+def _ref(rollout: AttemptedRollout) -> AttemptRef:
+    return AttemptRef(rollout_id=rollout.rollout_id, attempt_id=rollout.attempt.attempt_id)
 
 
 async def _first_done(tasks: Iterable[asyncio.Task[Any]]) -> None:

@@ -97,9 +97,9 @@ class AttemptExecution:
         logger.info("attempt %s is interrupted: %s", self.attempt_id, reason)
         self._interruption = Interruption(reason, report)
         self._interrupted.set()
+        self._loop.call_later(self._runner.interrupt_grace, self._give_up)
         if self._stop_agent is not None:
             self._stop_agent()
-            self._loop.call_later(self._runner.interrupt_grace, self._give_up)
 
     async def run(self) -> Outcome:
         """Execute the attempt to its end, and report the result."""
@@ -159,7 +159,7 @@ class AttemptExecution:
         return Outcome(interruption=self._interruption)
 
     def _failed(self, error: BaseException) -> Outcome:
-        logger.warning("attempt %s failed: %s: %s", self.attempt_id, type(error).__name__, error)
+        logger.warning("attempt %s failed", self.attempt_id, exc_info=error)
         return Outcome(error=error)
 
     async def _fetch_resources(self) -> NamedResources:
@@ -199,6 +199,8 @@ class AttemptExecution:
     async def _await(self, code: asyncio.Future[Any], stop: Callable[[], object]) -> Any:
         """The outcome of the agent's code, which `stop` interrupts."""
         self._stop_agent = lambda: (stop(), None)[1]
+        if self._interruption is not None:  # between two steps of the agent's code
+            stop()
         try:
             await asyncio.wait({code, self._given_up}, return_when=asyncio.FIRST_COMPLETED)
         except asyncio.CancelledError:

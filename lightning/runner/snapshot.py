@@ -6,6 +6,7 @@ import importlib
 import logging
 import platform
 import socket
+import sys
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ def system_snapshot(include_gpu: bool = False) -> dict[str, Any]:
         include_gpu: Whether to ask NVML for GPUs; the list is empty where it, or `pynvml`, is missing.
     """
     memory = psutil.virtual_memory()
-    disk = psutil.disk_usage(str(Path.cwd().anchor or "/"))
+    disk = psutil.disk_usage(Path(sys.prefix).anchor)
     network = psutil.net_io_counters()
     snapshot: dict[str, Any] = {
         "host": _host(),

@@ -21,6 +21,7 @@ from opentelemetry.trace import SpanContext as OtelSpanContext
 from opentelemetry.trace import SpanKind, Status, StatusCode, TraceFlags
 from opentelemetry.trace.span import TraceState
 
+from lightning.codec.building import construct
 from lightning.types import (
     Attributes,
     Event,
@@ -58,45 +59,31 @@ def span_from_opentelemetry(source: ReadableSpan, rollout_id: str, attempt_id: s
     if context is None:
         raise ValueError(f"the span {source.name!r} has no context, hence no ids")
     parent = source.parent
-    status = source.status
     extra: dict[str, Any] = {"kind": source.kind.name}
     scope = source.instrumentation_scope
     if scope is not None:
         extra["instrumentation_scope"] = _scope_fields(scope)
     _keep_exact(extra, source)
     _keep_public_fields(extra, source)
-    return Span.model_construct(
-        rollout_id=rollout_id,
-        attempt_id=attempt_id,
-        sequence_id=sequence_id,
-        trace_id=_trace_id(context),
-        span_id=_span_id(context),
-        parent_id=None if parent is None else _span_id(parent),
-        name=source.name,
-        status=_status(status),
-        attributes=_attributes(source.attributes),
-        events=[
-            Event.model_construct(
-                name=event.name, attributes=_attributes(event.attributes), timestamp=_seconds(event.timestamp)
-            )
-            for event in source.events
-        ],
-        links=[
-            Link.model_construct(
-                context=_context(link.context),
-                attributes=None if link.attributes is None else _attributes(link.attributes),
-            )
-            for link in source.links
-        ],
-        start_time=_seconds(source.start_time),
-        end_time=_seconds(source.end_time),
-        context=_context(context),
-        parent=None if parent is None else _context(parent),
-        resource=OtelResource.model_construct(
-            attributes=_attributes(source.resource.attributes), schema_url=source.resource.schema_url
-        ),
-        **extra,
-    )
+    fields = {
+        "rollout_id": rollout_id,
+        "attempt_id": attempt_id,
+        "sequence_id": sequence_id,
+        "trace_id": _trace_id(context),
+        "span_id": _span_id(context),
+        "parent_id": None if parent is None else _span_id(parent),
+        "name": source.name,
+        "status": _status(source.status),
+        "attributes": _attributes(source.attributes),
+        "events": [_event(event) for event in source.events],
+        "links": [_link(link) for link in source.links],
+        "start_time": _seconds(source.start_time),
+        "end_time": _seconds(source.end_time),
+        "context": _context(context),
+        "parent": None if parent is None else _context(parent),
+        "resource": _resource(source.resource),
+    }
+    return construct(Span, fields, extra)
 
 
 def span_to_opentelemetry(span: Span) -> ReadableSpan:
@@ -138,17 +125,37 @@ def _span_id(context: OtelSpanContext) -> str:
 
 
 def _context(context: OtelSpanContext) -> SpanContext:
-    return SpanContext.model_construct(
-        trace_id=_trace_id(context),
-        span_id=_span_id(context),
-        is_remote=context.is_remote,
-        trace_state=dict(context.trace_state),
-    )
+    fields = {
+        "trace_id": _trace_id(context),
+        "span_id": _span_id(context),
+        "is_remote": context.is_remote,
+        "trace_state": dict(context.trace_state),
+    }
+    return construct(SpanContext, fields)
+
+
+def _event(event: OtelEvent) -> Event:
+    fields = {
+        "name": event.name,
+        "attributes": _attributes(event.attributes),
+        "timestamp": _seconds(event.timestamp),
+    }
+    return construct(Event, fields)
+
+
+def _link(link: OtelLink) -> Link:
+    attributes = None if link.attributes is None else _attributes(link.attributes)
+    return construct(Link, {"context": _context(link.context), "attributes": attributes})
+
+
+def _resource(resource: Resource) -> OtelResource:
+    fields = {"attributes": _attributes(resource.attributes), "schema_url": resource.schema_url}
+    return construct(OtelResource, fields)
 
 
 def _status(status: Status) -> TraceStatus:
-    code: Any = status.status_code.name
-    return TraceStatus.model_construct(status_code=code, description=status.description)
+    fields = {"status_code": status.status_code.name, "description": status.description}
+    return construct(TraceStatus, fields)
 
 
 def _seconds(nanoseconds: int | None) -> float | None:

@@ -132,6 +132,34 @@ async def test_a_blocked_event_loop_keeps_its_lease_in_thread_mode(recorder: Rec
     await recorder.close()
 
 
+@MODES
+async def test_an_attempt_with_a_short_lease_is_kept_alive_by_heartbeats_as_frequent_as_it_takes(
+    recorder: Recorder, mode: Any
+) -> None:
+    begun, go_on = asyncio.Event(), asyncio.Event()
+
+    async def agent(task: Any) -> None:
+        begun.set()
+        await go_on.wait()
+
+    runner = AgentRunner(
+        store=recorder, agent=agent, max_rollouts=1, heartbeat_interval=3600, heartbeat_launch_mode=mode
+    )
+    await runner.start()
+    config = RolloutConfig(unresponsive_seconds=0.3)
+    enqueued = await recorder.enqueue_rollout("x", config=config)
+    work = asyncio.create_task(runner.run())
+    await asyncio.wait_for(begun.wait(), DEADLINE_SECONDS)
+    await recorder.wait_for(6)  # one at the start, then one every 0.1 s
+    go_on.set()
+    await asyncio.wait_for(work, DEADLINE_SECONDS)
+    (ended,) = await recorder.wait_for_rollouts(rollout_ids=[enqueued.rollout_id], timeout=1)
+    assert ended.status == "succeeded"
+    assert [beat.heartbeat_stats is None for beat in recorder.heartbeats[:6]] == [False] + [True] * 5
+    await runner.stop()
+    await recorder.close()
+
+
 async def test_a_store_out_of_reach_delays_neither_start_nor_stop_for_long(
     recorder: Recorder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -154,7 +182,13 @@ async def test_a_store_out_of_reach_delays_neither_start_nor_stop_for_long(
 def make_heartbeat(store: Recorder, **settings: Any) -> Heartbeat:
     defaults: dict[str, Any] = {"interval": 10.0, "jitter": 0.5}
     return Heartbeat(
-        store, worker_id="w", instance_id="i", attempts=list, obey=print, **{**defaults, **settings}
+        store,
+        worker_id="w",
+        instance_id="i",
+        attempts=list,
+        shortest_lease=lambda: None,
+        obey=print,
+        **{**defaults, **settings},
     )
 
 

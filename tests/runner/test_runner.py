@@ -472,6 +472,36 @@ async def test_cancelling_run_interrupts_and_leaves_nothing_behind(store: Unreli
     assert left.attempt.status == "unresponsive"
 
 
+class LosesAnswers(UnreliableStore):
+    """Claims, but does not come to say so before the call is broken off."""
+
+    async def claim_rollouts(self, **arguments: Any) -> Any:
+        await self._forward("claim_rollouts", **arguments)
+        await asyncio.sleep(3600)
+
+
+@pytest.mark.parametrize("anothers", [False, True])
+async def test_what_a_broken_off_claim_had_claimed_is_executed_unless_it_is_anothers(
+    store: UnreliableStore, anothers: bool
+) -> None:
+    executed: list[Any] = []
+    enqueued = [await store.enqueue_rollout(number) for number in range(3)]
+    if anothers:  # a process of the same name
+        await store.claim_rollouts(limit=1, worker_id="w", instance_id="another")
+    loses = LosesAnswers(store)
+    runner = AgentRunner(store=loses, agent=executed.append, worker_id="w", concurrency=2)
+    work = asyncio.create_task(runner.run())
+    await loses.wait_for_answers("claim_rollouts")
+    runner.drain()
+    await asyncio.wait_for(work, DEADLINE_SECONDS)
+    assert executed == ([1, 2] if anothers else [0, 1])
+    statuses = [one.status for one in await store.query_rollouts()]
+    assert statuses == (
+        ["preparing", "succeeded", "succeeded"] if anothers else ["succeeded", "succeeded", "queuing"]
+    )
+    assert len(enqueued) == 3
+
+
 async def test_stop_ends_a_run_that_is_going_on_elsewhere(store: UnreliableStore) -> None:
     runner = AgentRunner(store=store, agent=async_agent)
     await runner.start()
@@ -551,6 +581,7 @@ async def test_a_runner_is_started_once(store: UnreliableStore) -> None:
         {"interval_jitter": -1},
         {"interrupt_grace": -1},
         {"stop_grace": float("inf")},
+        {"worker_id": ""},
         {"heartbeat_launch_mode": "process"},
     ],
 )
