@@ -23,7 +23,12 @@ if TYPE_CHECKING:
     )
     from lightning.rpc import LightningStoreClient, LightningStoreServer
     from lightning.runner import AgentRunner, Hook, system_snapshot
-    from lightning.store import InMemoryLightningStore, LightningStore, LightningStoreThreaded
+    from lightning.store import (
+        InMemoryLightningStore,
+        LightningStore,
+        LightningStoreThreaded,
+        SQLiteLightningStore,
+    )
     from lightning.tracing import OtelTracer, emit_reward, find_final_reward
     from lightning.training import Adapter, Algorithm, TraceToMessages, TraceToTriplets, Trainer, Triplet
     from lightning.types import (
@@ -79,6 +84,7 @@ __all__ = [
     "ResourcesUpdate",
     "Rollout",
     "RolloutConfig",
+    "SQLiteLightningStore",
     "SharedMemoryExecutionStrategy",
     "Span",
     "SpanContext",
@@ -107,7 +113,12 @@ _HOMES = {
     ),
     "rpc": ("LightningStoreClient", "LightningStoreServer"),
     "runner": ("AgentRunner", "Hook", "system_snapshot"),
-    "store": ("InMemoryLightningStore", "LightningStore", "LightningStoreThreaded"),
+    "store": (
+        "InMemoryLightningStore",
+        "LightningStore",
+        "LightningStoreThreaded",
+        "SQLiteLightningStore",
+    ),
     "tracing": ("OtelTracer", "emit_reward", "find_final_reward"),
     "training": ("Adapter", "Algorithm", "TraceToMessages", "TraceToTriplets", "Trainer", "Triplet"),
 }

@@ -13,14 +13,49 @@ import pytest
 import lightning
 from lightning.environment import refuse_rival_package
 
-CONTRACT_NAMES = """
-    Rollout AttemptedRollout Attempt RolloutConfig EnqueueRolloutRequest Worker Span SpanContext TraceStatus Event Link
-    OtelResource ResourcesUpdate Resource LLM PromptTemplate NamedResources PaginatedResult UNSET
-    LightningStore InMemoryLightningStore LightningStoreThreaded LightningStoreServer LightningStoreClient
-    ExecutionStrategy SharedMemoryExecutionStrategy ClientServerExecutionStrategy ExecutionEvent ThreadingEvent
-    MultiprocessingEvent AgentRunner Hook system_snapshot
-    Trainer Algorithm Adapter rollout emit_reward find_final_reward OtelTracer
-""".split()
+CONTRACT_NAMES = [
+    "Rollout",
+    "AttemptedRollout",
+    "Attempt",
+    "RolloutConfig",
+    "EnqueueRolloutRequest",
+    "Worker",
+    "Span",
+    "SpanContext",
+    "TraceStatus",
+    "Event",
+    "Link",
+    "OtelResource",
+    "ResourcesUpdate",
+    "Resource",
+    "LLM",
+    "PromptTemplate",
+    "NamedResources",
+    "PaginatedResult",
+    "UNSET",
+    "LightningStore",
+    "InMemoryLightningStore",
+    "LightningStoreThreaded",
+    "SQLiteLightningStore",
+    "LightningStoreServer",
+    "LightningStoreClient",
+    "ExecutionStrategy",
+    "SharedMemoryExecutionStrategy",
+    "ClientServerExecutionStrategy",
+    "ExecutionEvent",
+    "ThreadingEvent",
+    "MultiprocessingEvent",
+    "AgentRunner",
+    "Hook",
+    "system_snapshot",
+    "Trainer",
+    "Algorithm",
+    "Adapter",
+    "rollout",
+    "emit_reward",
+    "find_final_reward",
+    "OtelTracer",
+]
 
 
 @pytest.mark.parametrize("name", sorted({*CONTRACT_NAMES, *lightning.__all__}))
@@ -31,7 +66,9 @@ def test_every_public_name_is_there(name: str) -> None:
 
 
 def test_checkers_and_programs_see_the_same_names_from_the_same_places() -> None:
-    [block] = [node for node in ast.parse(Path(lightning.__file__).read_text()).body if isinstance(node, ast.If)]
+    [block] = [
+        node for node in ast.parse(Path(lightning.__file__).read_text()).body if isinstance(node, ast.If)
+    ]
     imported = {
         alias.name: statement.module
         for statement in block.body
@@ -79,7 +116,9 @@ def test_a_rival_package_makes_the_import_fail_at_once(tmp_path: Path, name: str
     outcome = run_python("import lightning", tmp_path)
     assert outcome.returncode == 1
     last = outcome.stderr.strip().splitlines()[-1]
-    assert last.startswith("ImportError: agent-lightning-grpc and " + name + " 2.5 (PyTorch Lightning) are installed")
+    assert last.startswith(
+        "ImportError: agent-lightning-grpc and " + name + " 2.5 (PyTorch Lightning) are installed"
+    )
     assert f"pip uninstall {name}" in last
 
 

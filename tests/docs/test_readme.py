@@ -11,7 +11,9 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_the_first_agent_is_the_example_and_runs(tmp_path: Path) -> None:
-    shown = re.search(r"```python\n(import lightning as lt\n.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    shown = re.search(
+        r"```python\n(import lightning as lt\n.*?)```", (ROOT / "README.md").read_text(), re.DOTALL
+    )
     assert shown is not None
     assert shown.group(1) == (ROOT / "examples" / "first_agent.py").read_text()
     copied = tmp_path / "mine.py"
