@@ -133,7 +133,10 @@ def _name(function: Callable[..., Any]) -> str:
 
 def _supplied_parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
     """The parameters after the task."""
-    parameters = list(inspect.signature(function).parameters.values())
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except ValueError:  # written in C, and does not tell: it can take the task at most
+        return []
     task, others = (parameters[0], parameters[1:]) if parameters else (None, [])
     name = _name(function)
     if task is None or task.kind in (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD):

@@ -266,8 +266,11 @@ def _with_tuples(value: Any) -> Any:
     return value
 
 
-def _bounded(attributes: Attributes, dropped: int) -> BoundedAttributes:
-    result = BoundedAttributes(attributes=_otel_attributes(attributes))
+def _bounded(attributes: Attributes, dropped: int) -> Mapping[str, Any]:
+    values = _otel_attributes(attributes)
+    if not dropped:
+        return values  # as they are: older releases of the SDK's own container refuse nested ones
+    result = BoundedAttributes(attributes=values)
     result.dropped += dropped
     return result
 
