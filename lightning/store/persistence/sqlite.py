@@ -32,6 +32,7 @@ from lightning.store.persistence.abc import (
 from lightning.store.persistence.sqlite_file import (
     Durability,
     FileLock,
+    LogKeeper,
     check_place,
     open_reader,
     open_writer,
@@ -41,7 +42,7 @@ from lightning.store.persistence.sqlite_readers import Read, ReadPool
 from lightning.store.persistence.sqlite_rows import StoredRollout
 from lightning.store.persistence.sqlite_search import STATUS_COUNTER, find_rollouts, is_text
 from lightning.store.persistence.sqlite_statements import insert, select, select_many, update
-from lightning.store.persistence.sqlite_writer import GroupCommitWriter, Session
+from lightning.store.persistence.sqlite_writer import Counters, GroupCommitWriter, Session
 from lightning.store.queries import RolloutQuery
 from lightning.store.records import (
     AttemptRecord,
@@ -203,7 +204,9 @@ class SQLitePersistence(Persistence):
         return await self._writer.submit(append)
 
     async def find_spans(self, rollout_id: str, attempt_ids: Sequence[str]) -> list[SpanRecord]:
-        attempt_ids = [attempt_id for attempt_id in attempt_ids if is_text(attempt_id) and is_text(rollout_id)]
+        attempt_ids = [
+            attempt_id for attempt_id in attempt_ids if is_text(attempt_id) and is_text(rollout_id)
+        ]
 
         def read(connection: sqlite3.Connection) -> list[SpanRecord]:
             found: list[SpanRecord] = []
@@ -300,29 +303,37 @@ class _Opened:
         self._lock: FileLock | None = None
         self._finalizer: weakref.finalize[..., SQLitePersistence] | None = None
         self.readers = None if path is None else ReadPool(lambda: open_reader(path))
-        self.writer = GroupCommitWriter(self._open, self._close)
+        self._log = None if path is None else LogKeeper(path)
+        self.writer = GroupCommitWriter(self._open, self._tidy, self._close)
 
     def close_with(self, owner: SQLitePersistence) -> None:
         """Close when `owner` is forgotten without having been closed, or when the interpreter ends."""
         if self._finalizer is None:
             self._finalizer = weakref.finalize(owner, _stop, self.writer)
 
-    def _open(self) -> sqlite3.Connection:
-        if self._path is None:
-            return open_writer(None, self._durability)
-        check_place(self._path)
-        self._lock = FileLock(self._path)
-        try:
-            return open_writer(self._path, self._durability)
-        except BaseException:
-            self._lock.release()
-            raise
+    def _open(self) -> Session:
+        with ExitStack() as undo:
+            if self._path is not None:
+                check_place(self._path)
+                self._lock = FileLock(self._path)
+                undo.callback(self._lock.release)
+            connection = open_writer(self._path, self._durability)
+            undo.callback(connection.close)
+            session = Session(connection, Counters(connection))
+            undo.pop_all()
+        return session
 
-    def _close(self, connection: sqlite3.Connection) -> None:
+    def _tidy(self, session: Session) -> None:
+        if self._log is not None:
+            self._log.tidy(session.connection)
+
+    def _close(self, session: Session) -> None:
         with ExitStack() as stack:
             if self._lock is not None:
                 stack.callback(self._lock.release)
-            stack.callback(connection.close)  # as the last one it works the log into the file and removes it
+            stack.callback(
+                session.connection.close
+            )  # the last one works the log into the file and removes it
             if self.readers is not None:
                 stack.callback(self.readers.close)
 
@@ -442,10 +453,9 @@ def _insert_resources(session: Session, record: ResourcesRecord) -> bool:
     (newest,) = select(connection, "newest_version", record.resources_id).fetchone()
     if record.version != (newest or 0) + 1:
         return False
-    inserted = connection.execute(
-        "INSERT INTO resources (resources_id, version, create_time, update_time, request_digest) "
-        "VALUES (?, ?, ?, ?, ?)",
-        (record.resources_id, record.version, record.create_time, record.update_time, record.request_digest),
+    times = record.create_time, record.update_time
+    inserted = select(
+        connection, "insert_resources", record.resources_id, record.version, *times, record.request_digest
     )
     named = ((inserted.lastrowid, position, *item) for position, item in enumerate(record.resources))
     insert(connection, "insert_resource", named)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import re
 import sqlite3
@@ -15,6 +16,8 @@ from typing import Literal
 from lightning.store.persistence.abc import BackendError, BackendFullError, BackendOpenError
 from lightning.store.persistence.sqlite_statements import migrations
 
+logger = logging.getLogger(__name__)
+
 Durability = Literal["full", "normal"]
 
 APPLICATION_ID = 0x4C474E47
@@ -25,7 +28,9 @@ _PAGE_BYTES = 4096
 _WRITER_CACHE_KIBIBYTES = 65_536
 _CHECKPOINT_PAGES = 4096
 """How far the write-ahead log grows before it is worked into the file: 16 MiB, which a start reads in an instant."""
-_KEPT_LOG_BYTES = 64 * 1024 * 1024
+_KEPT_LOG_BYTES = 32 * 1024 * 1024
+_LONG_LOG_BYTES = 64 * 1024 * 1024
+_LOG_WAIT_SECONDS = 0.5
 _BUSY_TIMEOUT_SECONDS = 5.0
 """How long to wait for other programs that look into the file, such as a backup."""
 _CACHED_STATEMENTS = 1024
@@ -245,6 +250,46 @@ def migrate(connection: sqlite3.Connection, versions: Sequence[tuple[int, str]])
 
 
 # --- Using ------------------------------------------------------------------------------------------------------
+
+
+class LogKeeper:
+    """Keeps the write-ahead log from growing without end.
+
+    SQLite starts it anew when all of it has been worked into the file and nobody reads from it. Where reads overlap
+    all the time that moment never comes by itself; so when the log is long, writing pauses until the reads that are
+    under way have ended. Should they take very long, writing goes on, and it is tried again when the log has grown.
+    """
+
+    def __init__(self, database: Path) -> None:
+        self._log = database.with_name(database.name + "-wal")
+        self._long_bytes = _LONG_LOG_BYTES
+
+    def tidy(self, connection: sqlite3.Connection) -> None:
+        """Call it between two transactions."""
+        try:
+            size_bytes = self._log.stat().st_size
+            if size_bytes >= self._long_bytes:
+                self._long_bytes = size_bytes + _LONG_LOG_BYTES
+                if _restart_log(connection):
+                    self._long_bytes = _LONG_LOG_BYTES
+        except (OSError, sqlite3.Error):
+            # What was acknowledged is in the log and stays there; a disk that is full may have room later.
+            logger.warning(
+                "could not work the write-ahead log %s into its database", self._log, exc_info=True
+            )
+
+
+def _restart_log(connection: sqlite3.Connection) -> bool:
+    _set_busy_timeout(connection, _LOG_WAIT_SECONDS)
+    try:
+        busy, _, _ = connection.execute("PRAGMA wal_checkpoint(RESTART)").fetchone()
+        return not busy
+    finally:
+        _set_busy_timeout(connection, _BUSY_TIMEOUT_SECONDS)
+
+
+def _set_busy_timeout(connection: sqlite3.Connection, seconds: float) -> None:
+    connection.execute(f"PRAGMA busy_timeout = {int(seconds * 1000)}")
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning.store.persistence.sqlite_file import snapshot
 from lightning.store.persistence.sqlite_rows import read_rollouts
-from lightning.store.persistence.sqlite_statements import select, select_many
+from lightning.store.persistence.sqlite_statements import insert, select, select_many
 from lightning.store.queries import Page, RolloutQuery
 from lightning.store.records import RolloutRecord
 
@@ -39,9 +39,8 @@ def find_rollouts(connection: sqlite3.Connection, query: RolloutQuery) -> tuple[
 
 
 def _note_wanted(connection: sqlite3.Connection, rollout_ids: tuple[str, ...]) -> None:
-    connection.execute("DELETE FROM temp.wanted")
-    rows = [(rollout_id,) for rollout_id in rollout_ids if is_text(rollout_id)]
-    connection.executemany("INSERT OR IGNORE INTO temp.wanted VALUES (?)", rows)
+    select(connection, "forget_wanted")
+    insert(connection, "insert_wanted", ((rollout_id,) for rollout_id in rollout_ids if is_text(rollout_id)))
 
 
 def _condition(query: RolloutQuery) -> tuple[str, list[Any]]:

@@ -94,14 +94,19 @@ class GroupCommitWriter:
     """The thread that writes.
 
     Args:
-        open: Called in that thread, makes the connection; what it raises, `opened` raises.
-        close: Called in that thread with the connection, last; not called if `open` failed.
+        open: Called in that thread, first; what it raises, `opened` raises.
+        tidy: Called in that thread between transactions.
+        close: Called in that thread, last, unless `open` failed.
     """
 
     def __init__(
-        self, open: Callable[[], sqlite3.Connection], close: Callable[[sqlite3.Connection], None]
+        self,
+        open: Callable[[], Session],
+        tidy: Callable[[Session], None],
+        close: Callable[[Session], None],
     ) -> None:
         self._open = open
+        self._tidy = tidy
         self._close = close
         self._lock = threading.Lock()
         self._stopping = False
@@ -129,7 +134,7 @@ class GroupCommitWriter:
             raise RuntimeError("this store was opened by another process; a forked process must open its own")
         with self._lock:
             if self._stopping:
-                raise RuntimeError("the store was closed")
+                raise closed_error()
             self._queue.put(_Write(work, future, loop))
         return await future
 
@@ -147,23 +152,33 @@ class GroupCommitWriter:
 
     def _main(self) -> None:
         try:
-            try:
-                connection = self._open()
-            except Exception as error:  # noqa: BLE001  # it is raised by whoever opened the store
-                self.opened.set_exception(error)
-                return
-            try:
-                self._serve(connection)
-            finally:
-                self._close(connection)
+            self._run()
         finally:
+            self.stop()
+            self._refuse_rest()
             self.closed.set_result(None)
 
-    def _serve(self, connection: sqlite3.Connection) -> None:
-        session = Session(connection, Counters(connection))
+    def _run(self) -> None:
+        try:
+            session = self._open()
+        except Exception as error:  # noqa: BLE001  # it is raised by whoever opened the store
+            self.opened.set_exception(error)
+            return
         self.opened.set_result(None)
-        while writes := self._take():
-            _deliver(_execute(session, writes))
+        try:
+            while writes := self._take():
+                _deliver(_execute(session, writes))
+                self._tidy(session)
+        finally:
+            self._close(session)
+
+    def _refuse_rest(self) -> None:
+        """Leave nobody waiting if the thread ends before its time."""
+        with suppress(queue.Empty):
+            while True:
+                write = self._queue.get_nowait()
+                if write is not None:
+                    _deliver([_Outcome(write, error=closed_error())])
 
     def _take(self) -> list[_Write[Any]]:
         """Wait for a write, and take it with all others that are there; nothing when it is time to stop."""
@@ -180,6 +195,11 @@ class GroupCommitWriter:
         if write is None and writes:
             self._queue.put(None)  # stop after these: nothing comes behind it any more
         return writes
+
+
+def closed_error() -> RuntimeError:
+    """What is raised by what comes too late."""
+    return RuntimeError("the store was closed")
 
 
 def _uncancellable_future() -> Future[None]:

@@ -64,7 +64,7 @@ WHERE attempt.attempt_id = ? AND rollout.rollout_id = ?;
 SELECT max(version) FROM resources WHERE resources_id = ?;
 
 -- name: insert_resources
-INSERT INTO resources (ordinal, resources_id, version, create_time, update_time, request_digest) VALUES …;
+INSERT INTO resources (resources_id, version, create_time, update_time, request_digest) VALUES (?, ?, ?, ?, ?);
 
 -- name: insert_resource
 INSERT INTO resource (resources, position, name, fields) VALUES …;
@@ -95,6 +95,12 @@ INSERT INTO worker (
     ordinal, worker_id, heartbeat_stats, last_heartbeat_time, last_dequeue_time, last_busy_time, last_idle_time,
     silent_after_seconds, leases
 ) VALUES …;
+
+-- name: forget_wanted
+DELETE FROM temp.wanted;
+
+-- name: insert_wanted
+INSERT OR IGNORE INTO temp.wanted (rollout_id) VALUES …;
 
 -- name: counters
 SELECT name, value FROM counter;
