@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from lightning.store.contract import UnknownIdError
+from lightning.store.numbers import check_count as check_count
+from lightning.store.numbers import check_time as check_time
 from lightning.store.records import ConfigRecord
 from lightning.types import RolloutConfig
 
@@ -46,19 +48,6 @@ def require_choice(value: Any, choices: Sequence[str], name: str) -> Any:
 
 def check_choice(value: Any, choices: Sequence[str], name: str) -> Any:
     return None if value is None else require_choice(value, choices, name)
-
-
-def check_count(value: int, name: str, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}")
-
-
-def check_time(value: float | None, name: str) -> float | None:
-    if value is not None and (
-        isinstance(value, bool) or not isinstance(value, (int, float)) or value != value
-    ):
-        raise ValueError(f"{name} must be seconds since the epoch or None, not {value!r}")
-    return value
 
 
 def check_worker_id(worker_id: Any, required: bool = False) -> Any:

@@ -17,16 +17,19 @@ Rules that hold for every verb:
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from lightning.store.mailbox import WorkerMailboxes
+from lightning.store.numbers import check_count, check_wait
 from lightning.types import (
     UNSET,
     Attempt,
     AttemptedRollout,
+    AttemptRef,
     AttemptStatus,
     CancelAttempt,
     EnqueueRolloutRequest,
@@ -370,7 +373,8 @@ class LightningStore(ABC):
         """Change an attempt (`attempt_id="latest"`: the newest), for example report its result.
 
         The rollout follows if it is the latest attempt. A status for an attempt that is closed already changes
-        nothing; `unresponsive` is not closed for good, a late result still counts while no newer attempt exists.
+        nothing; `unresponsive` is not closed for good: a late result still counts while no newer attempt exists, and
+        is noted in the attempt alone when one does.
 
         Raises:
             ValueError: The rollout or the attempt is unknown, or `status` is `cancelled` (cancel the rollout).
@@ -407,10 +411,12 @@ class LightningStore(ABC):
         Raises:
             ValueError: `limit` < 1, or `timeout` is negative or NaN.
         """
-        deadline = None if timeout is None else time.monotonic() + timeout
+        check_count(limit, "limit", least=1)
+        wait = check_wait(timeout)
+        deadline = math.inf if wait is None else time.monotonic() + wait
         while True:
             claimed = await self.dequeue_many_rollouts(limit=limit, worker_id=worker_id)
-            rest = _CLAIM_POLL_SECONDS if deadline is None else deadline - time.monotonic()
+            rest = deadline - time.monotonic()
             if claimed or rest <= 0:
                 return claimed
             await asyncio.sleep(min(_CLAIM_POLL_SECONDS, rest))
@@ -419,24 +425,29 @@ class LightningStore(ABC):
         """Record that a worker process lives and what it executes; refreshes those attempts.
 
         Returns:
-            The worker, and a `CancelAttempt` for each named attempt that is closed or was superseded.
-
-        Raises:
-            ValueError: An attempt it names is unknown.
+            The worker, and a `CancelAttempt` for each named attempt that is not this process's to execute any more: it
+            is closed (one that is only `unresponsive` is not, as long as it is the latest), another's, or unknown.
         """
         stats = UNSET if heartbeat.heartbeat_stats is None else heartbeat.heartbeat_stats
         worker = await self.update_worker(heartbeat.worker_id, stats)
         commands: list[WorkerCommand] = []
         for ref in heartbeat.attempts:
-            latest = await self.get_latest_attempt(ref.rollout_id)
-            if latest is None or latest.attempt_id != ref.attempt_id:
-                gone: AttemptStatus = "unresponsive"
-            elif latest.status in TERMINAL_ATTEMPT_STATUSES - {"unresponsive"}:
-                gone = latest.status
-            else:
-                continue
-            commands.append(CancelAttempt(rollout_id=ref.rollout_id, attempt_id=ref.attempt_id, status=gone))
+            status = await self._why_to_give_up(ref)
+            if status is not None:
+                ids = {"rollout_id": ref.rollout_id, "attempt_id": ref.attempt_id}
+                commands.append(CancelAttempt(**ids, status=status))
         return HeartbeatReply(worker=worker, commands=commands)
+
+    async def _why_to_give_up(self, ref: AttemptRef) -> AttemptStatus | None:
+        if await self.get_rollout_by_id(ref.rollout_id) is None:
+            return "cancelled"
+        attempts = list(await self.query_attempts(ref.rollout_id))
+        named = [attempt for attempt in attempts if attempt.attempt_id == ref.attempt_id]
+        if not named:
+            return "cancelled"
+        status = named[0].status
+        may_be_revived = status == "unresponsive" and named[0] is attempts[-1]
+        return status if status in TERMINAL_ATTEMPT_STATUSES and not may_be_revived else None
 
     async def receive_commands(
         self, worker_id: str, *, instance_id: str | None = None, timeout: float | None = None

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from lightning.store.contract import FilterLogic, SortOrder
+from lightning.store.numbers import check_wait as check_wait
 from lightning.store.records import RolloutRecord
 from lightning.types import PaginatedResult
 
@@ -178,17 +178,3 @@ class RolloutQuery:
         if self.rollout_id_contains is not None:
             results.append(self.rollout_id_contains in record.rollout_id)
         return not results or (any(results) if self.any_suffices else all(results))
-
-
-def check_wait(timeout: float | None) -> float | None:
-    """A time to wait. Raises `ValueError` unless it is None or a number of seconds, 0 or more."""
-    if timeout is None:
-        return None
-    if (
-        isinstance(timeout, bool)
-        or not isinstance(timeout, (int, float))
-        or math.isnan(timeout)
-        or timeout < 0
-    ):
-        raise ValueError(f"timeout must be None or a number of seconds, 0 or more, not {timeout!r}")
-    return None if math.isinf(timeout) else float(timeout)

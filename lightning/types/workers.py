@@ -55,7 +55,7 @@ class CancelAttempt(BaseModel):
     rollout_id: str
     attempt_id: str
     status: AttemptStatus
-    """Why: the status in which the attempt, or after a newer attempt began its rollout's old one, was closed."""
+    """Why: the status in which the attempt was closed; `cancelled` too if it is another's now, or unknown."""
 
 
 class Drain(BaseModel):

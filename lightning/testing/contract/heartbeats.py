@@ -195,6 +195,15 @@ class RunnerContract(ClockedTheme):
         clock.advance(A_BIT_SECONDS)
         assert (await worker_of(store, "w-1")).status == "unknown"
 
+    async def test_a_claim_waits_no_longer_than_it_may(self, store: LightningStore, clock: FakeClock) -> None:
+        waiter = asyncio.ensure_future(store.claim_rollouts(worker_id="w-1", timeout=LIMIT_SECONDS))
+        await self.soon(clock.until_awaited(LIMIT_SECONDS))
+        clock.advance(LIMIT_SECONDS - A_BIT_SECONDS)
+        await until_idle(store)
+        assert not waiter.done()
+        clock.advance(2 * A_BIT_SECONDS)
+        assert list(await self.soon(waiter)) == []
+
     # --- Commands ---
 
     async def test_a_cancellation_reaches_the_worker(self, store: LightningStore, clock: FakeClock) -> None:

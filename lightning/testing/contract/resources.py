@@ -53,7 +53,7 @@ class ResourcesContract(StoreTheme):
         assert (first.version, second.version) == (1, 1)
         assert first.resources_id != second.resources_id
         assert first.resources_id.startswith("rs-")
-        assert first.create_time == first.update_time > 0
+        assert first.update_time >= first.create_time > 0
         assert await store.get_latest_resources() == second
         assert await store.get_resources_by_id(first.resources_id) == first
         assert await store.get_resources_by_id(first.resources_id, 1) == first
