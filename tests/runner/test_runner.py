@@ -172,7 +172,7 @@ async def test_an_idle_runner_begins_at_once(store: UnreliableStore) -> None:
         await store.wait_for_calls("claim_rollouts")
         before = time.monotonic()
         await finished(store, await store.enqueue_rollout("x"))
-    assert begun[0] - before < 0.1
+    assert begun[0] - before < 0.2  # not the seconds of one who polls
 
 
 async def test_the_first_span_is_stored_while_the_agent_still_works(store: UnreliableStore) -> None:
@@ -494,7 +494,7 @@ async def test_what_a_broken_off_claim_had_claimed_is_executed_unless_it_is_anot
     await loses.wait_for_answers("claim_rollouts")
     runner.drain()
     await asyncio.wait_for(work, DEADLINE_SECONDS)
-    assert executed == ([1, 2] if anothers else [0, 1])
+    assert sorted(executed) == ([1, 2] if anothers else [0, 1])
     statuses = [one.status for one in await store.query_rollouts()]
     assert statuses == (
         ["preparing", "succeeded", "succeeded"] if anothers else ["succeeded", "succeeded", "queuing"]
