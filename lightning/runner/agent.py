@@ -7,7 +7,7 @@ import logging
 import math
 import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from typing import Any, Literal, TypeVar
 
 from lightning.agents import Agent, as_agent
@@ -15,7 +15,7 @@ from lightning.backoff import STORE_AWAY, Backoff
 from lightning.runner.attempt import AttemptExecution, Outcome
 from lightning.runner.heartbeat import Heartbeat
 from lightning.runner.hooks import Hook, Hooks
-from lightning.runner.threads import BlockingThread
+from lightning.runner.threads import BlockingThreads
 from lightning.runner.waiting import StopEvent, unless, watching
 from lightning.store.contract import LightningStore
 from lightning.store.forwarding import complete
@@ -45,7 +45,6 @@ _START_WAIT_SECONDS = 2.0
 """How long `start` waits for the first heartbeat to arrive."""
 _LAST_HEARTBEAT_SECONDS = 2.0
 _RECOVERY_SECONDS = 1.0
-_THREAD_JOIN_SECONDS = 1.0
 
 HeartbeatLaunchMode = Literal["thread", "asyncio"]
 _Ending = Literal["drain", "event", "stop"]
@@ -114,6 +113,8 @@ class AgentRunner:
         self.instance_id = uuid.uuid4().hex
         """Names this runner among those that have the same `worker_id`, before or beside it."""
         self.interrupt_grace = interrupt_grace
+        self.threads = BlockingThreads(f"lightning-{self.worker_id}")
+        """Where agents that are plain functions run."""
         self._agent = None if agent is None else as_agent(agent)
         self._concurrency = concurrency
         self._max_rollouts = max_rollouts
@@ -123,7 +124,6 @@ class AgentRunner:
         self._launch_mode = _launch_mode(heartbeat_launch_mode, self.store)
         self._stop_grace = stop_grace
         self._executions: dict[str, AttemptExecution] = {}
-        self._free_threads: list[BlockingThread] = []
         self._left_behind: set[asyncio.Future[Any]] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._upkeep: LoopThread | None = None
@@ -176,8 +176,13 @@ class AgentRunner:
             asyncio.create_task(self.run_upkeep(self._heartbeat.run())),
             asyncio.create_task(self.run_upkeep(self._listen())),
         ]
-        with suppress(asyncio.TimeoutError):
+        try:
             await asyncio.wait_for(self.run_upkeep(self._heartbeat.wait_first()), _START_WAIT_SECONDS)
+        except asyncio.TimeoutError:
+            logger.warning("worker %s starts though the store is out of reach", self.worker_id)
+        except asyncio.CancelledError:
+            await self.stop()
+            raise
 
     async def run(self, event: StopEvent | None = None) -> None:
         """Claim and execute rollouts, until `event` is set, a `Drain` or `Stop` command comes, or `max_rollouts` are
@@ -273,10 +278,7 @@ class AgentRunner:
         if self._upkeep is not None:
             self._upkeep.stop()
             self._upkeep = None
-        for thread in self._free_threads:
-            thread.stop()
-            thread.join(_THREAD_JOIN_SECONDS)
-        self._free_threads.clear()
+        self.threads.close()
         for code in list(self._left_behind):
             code.cancel()
         self._resume()
@@ -455,19 +457,6 @@ class AgentRunner:
     async def run_upkeep(self, work: Coroutine[Any, Any, T]) -> T:
         """Run the runner's own work where the launch mode says."""
         return await (work if self._upkeep is None else self._upkeep.run(work))
-
-    def take_thread(self) -> BlockingThread:
-        """A thread for blocking code."""
-        return (
-            self._free_threads.pop() if self._free_threads else BlockingThread(f"lightning-{self.worker_id}")
-        )
-
-    def return_thread(self, thread: BlockingThread) -> None:
-        """Give a thread back; one that was interrupted ends with its code."""
-        if thread.reusable:
-            self._free_threads.append(thread)
-        else:
-            thread.stop()
 
     def leave_behind(self, code: asyncio.Future[Any]) -> None:
         """Stop waiting for code that does not end; see to it that how it ends is nobody's surprise."""

@@ -184,12 +184,12 @@ class AttemptExecution:
         arguments = (self.rollout.input, resources, self.rollout)
         if is_async(self._agent):
             return await self._finish(self._agent.rollout(*arguments))
-        thread = self._runner.take_thread()
+        thread = self._runner.threads.take()
         try:
             call = thread.call(lambda: self._agent.rollout(*arguments), copy_context())
             value = await self._await(call, lambda: thread.interrupt(call))
         finally:
-            self._runner.return_thread(thread)
+            self._runner.threads.give_back(thread)
         return await self._finish(value) if inspect.isawaitable(value) else value
 
     async def _finish(self, awaitable: Awaitable[Any]) -> Any:

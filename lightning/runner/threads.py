@@ -15,6 +15,8 @@ from contextlib import suppress
 from contextvars import Context
 from typing import Any
 
+_JOIN_SECONDS = 1.0
+
 
 class AgentInterrupted(BaseException):
     """Raised in the code of a plain-function agent whose attempt is over. Not an `Exception`, so that code which
@@ -130,3 +132,34 @@ class BlockingThread:
             # call is taken after it, so it is the latest that still needs an answer.
             assert self._latest is not None
             self._latest.deliver()
+
+
+class BlockingThreads:
+    """Threads to take and to give back, so that code finds itself on the one it was on before, if it can.
+
+    Args:
+        name: Of the threads.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._free: list[BlockingThread] = []
+
+    def take(self) -> BlockingThread:
+        """The thread given back last, or a new one."""
+        return self._free.pop() if self._free else BlockingThread(self._name)
+
+    def give_back(self, thread: BlockingThread) -> None:
+        """Keep a thread for later; one that was interrupted ends with the code it is in."""
+        if thread.reusable:
+            self._free.append(thread)
+        else:
+            thread.stop()
+
+    def close(self) -> None:
+        """End the free threads."""
+        free, self._free = self._free, []
+        for thread in free:
+            thread.stop()
+        for thread in free:
+            thread.join(_JOIN_SECONDS)

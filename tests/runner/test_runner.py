@@ -571,6 +571,18 @@ async def test_a_runner_is_started_once(store: UnreliableStore) -> None:
     await runner.stop()
 
 
+async def test_a_start_that_is_cancelled_leaves_nothing_behind(store: UnreliableStore) -> None:
+    store.away = True
+    runner = AgentRunner(store=store, agent=async_agent)
+    starting = asyncio.create_task(runner.start())
+    await store.wait_for_calls("send_heartbeat")
+    starting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asyncio.wait_for(starting, DEADLINE_SECONDS)
+    store.away = False
+    await runner.step("x")
+
+
 @pytest.mark.parametrize(
     "setting",
     [
