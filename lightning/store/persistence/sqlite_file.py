@@ -39,6 +39,7 @@ _NETWORK_FILE_SYSTEMS = re.compile(
     r"nfs4?|cifs|smb\w+|afs|coda|davfs|beegfs|ceph|gfs2|glusterfs|gpfs|lustre|ocfs2"
     r"|fuse\.(cephfs|davfs2|gcsfuse|glusterfs|juicefs|rclone|s3fs|sshfs)"
 )
+_MOUNTS = Path("/proc/self/mounts")
 _OCTAL = re.compile(r"\\([0-7]{3})")
 """How the list of mounts writes a space."""
 
@@ -129,7 +130,8 @@ def check_place(path: Path) -> None:
         raise BackendOpenError(f"{path} is a directory, not a database file")
     if not path.parent.is_dir():
         raise BackendOpenError(f"{path} cannot be created: there is no directory {path.parent}")
-    if path.exists() and not os.access(path, os.R_OK | os.W_OK):
+    effective = os.access in os.supports_effective_ids
+    if path.exists() and not os.access(path, os.R_OK | os.W_OK, effective_ids=effective):
         raise BackendOpenError(f"{path} is read-only for this process; the store must be able to write it")
     kind = file_system_of(path)
     if kind is not None and _NETWORK_FILE_SYSTEMS.fullmatch(kind):
@@ -139,10 +141,10 @@ def check_place(path: Path) -> None:
         )
 
 
-def file_system_of(path: Path, mounts: Path = Path("/proc/self/mounts")) -> str | None:
+def file_system_of(path: Path, mounts: Path | None = None) -> str | None:
     """The kind of file system that `path` is on; None where the system does not say."""
     try:
-        lines = mounts.read_text(errors="surrogateescape").splitlines()
+        lines = (mounts or _MOUNTS).read_text(errors="surrogateescape").splitlines()
     except OSError:
         return None
     found: tuple[int, str | None] = (-1, None)

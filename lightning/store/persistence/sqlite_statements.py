@@ -58,7 +58,7 @@ def select_many(
 def insert(connection: sqlite3.Connection, name: str, rows: Iterable[Sequence[Any]]) -> None:
     """Insert all rows with a statement that has `VALUES …`."""
     for part in _parts(rows, _MAX_ROWS_PER_STATEMENT):
-        connection.execute(_with_rows(name, len(part)), tuple(chain.from_iterable(part)))
+        connection.execute(with_rows(name, len(part)), tuple(chain.from_iterable(part)))
 
 
 def update(
@@ -89,7 +89,8 @@ def _with_values(name: str, count: int) -> str:
 
 
 @functools.lru_cache(maxsize=1024)
-def _with_rows(name: str, count: int) -> str:
+def with_rows(name: str, count: int) -> str:
+    """A statement that has `VALUES …`, for so many rows."""
     statement = QUERIES[name]
     columns = _COLUMNS.search(statement)
     assert columns is not None
