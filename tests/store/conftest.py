@@ -1,8 +1,9 @@
-"""The example of a store of one's own is the foreign store of these tests; it stands outside the package."""
+"""Makes importable: what stands beside these tests, and the example of a store of one's own, their foreign store."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parents[2] / "examples" / "own_store"))
+for folder in (Path(__file__).parent, Path(__file__).parents[2] / "examples" / "own_store"):
+    sys.path.append(str(folder))

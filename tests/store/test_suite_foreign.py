@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from typing import Any
 
 import pytest
 from plain_store import PlainStore
+from stranger import Stranger
 from test_plain_store import TestPlainStore, TestPlainStoreInRealTime
 
 from lightning.store.contract import LightningStore
@@ -16,22 +16,10 @@ from lightning.testing import ClockedStoreContractSuite, FakeClock
 __all__ = ["TestPlainStore", "TestPlainStoreInRealTime"]
 
 
-class Stranger:
-    """Has a store's methods, and nothing else in common with `LightningStore`.
-
-    Args:
-        store: Does the work.
-    """
-
-    def __init__(self, store: LightningStore) -> None:
-        for verb in ("close", *LightningStore.__abstractmethods__):
-            setattr(self, verb, getattr(store, verb))
-
-
 class TestStranger(ClockedStoreContractSuite):
     @pytest.fixture
     async def store(self, clock: FakeClock) -> AsyncIterator[LightningStore]:
-        stranger: Any = Stranger(PlainStore(clock))
+        stranger = Stranger(PlainStore(clock))
         assert not isinstance(stranger, LightningStore)
         store = complete(stranger)
         yield store
