@@ -101,6 +101,7 @@ class LightningStoreClient(LightningStore):
             max_message_bytes=max_message_bytes,
         )
         self._connection: Connection | None = None
+        self._closed = False
 
     # --- About the connection ----------------------------------------------------------------------------------
 
@@ -115,8 +116,10 @@ class LightningStoreClient(LightningStore):
 
     async def close(self) -> None:
         """Close the connection; the store stays as it is. Calls after that raise `RuntimeError`."""
-        connection = self._connect()
-        if not connection.closed:
+        self._closed = True
+        with loop.connecting():
+            connection, self._connection = self._connection, None
+        if connection is not None and connection.pid == getpid():
             await connection.close()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -126,11 +129,14 @@ class LightningStoreClient(LightningStore):
         self._endpoint = state["endpoint"]
         self._options = state["options"]
         self._connection = None
+        self._closed = False
 
     def _connect(self) -> Connection:
         connection = self._connection
         if connection is None or connection.pid != getpid():
             with loop.connecting():
+                if self._closed:
+                    raise RuntimeError(f"the client of {self._endpoint} was closed")
                 connection = self._connection
                 if connection is None or connection.pid != getpid():
                     connection = self._connection = Connection(self._endpoint, self._options)

@@ -184,7 +184,13 @@ class Connection:
         session = self._sessions.get(key)
         if session is None or session.ended:
             session = self._sessions[key] = CommandSession(self, worker_id, instance_id)
+            session.add_end_callback(lambda: self._forget_session(key))
         return await session.receive(timeout)
+
+    def _forget_session(self, key: tuple[str, str | None]) -> None:
+        session = self._sessions.get(key)
+        if session is not None and session.ended:
+            del self._sessions[key]
 
     async def _becomes_healthy(self) -> bool:
         for pause in (*self.options.health_retry_delays, None):
@@ -218,7 +224,7 @@ class Connection:
             pause = min(2 * pause, _MAX_PROBE_PAUSE_SECONDS)
 
     async def _close(self) -> None:
-        for session in self._sessions.values():
+        for session in list(self._sessions.values()):
             await session.close()
         channel, self._channel, self._stub, self._health = self._channel, None, None, None
         if channel is not None:

@@ -234,9 +234,10 @@ class LightningStoreServer(ForwardingStore):
 
     async def _drain(self, running: _Running, grace: float, reason: str, stop_workers: bool) -> None:
         await running.health.enter_graceful_shutdown()
-        if stop_workers:
-            await self._store.send_command(Stop(reason=reason))
-        await running.service.drain(reason, grace)
+        stop = Stop(reason=reason) if stop_workers else None
+        await running.service.drain(reason, grace, stop)
+        if stop is not None:
+            await self._store.send_command(stop)  # to workers in this process
         running.health.end_watches()
         await running.server.stop(_FLUSH_SECONDS)
         await running.service.close()

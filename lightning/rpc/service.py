@@ -32,6 +32,7 @@ from lightning.rpc.repeats import Outcome, RepeatTable
 from lightning.rpc.streams import STREAM_HANDLERS, OpenStreams, StreamHandler
 from lightning.store.contract import LightningStore
 from lightning.store.idempotency import request as request_scope
+from lightning.types import WorkerCommand
 
 T = TypeVar("T")
 Context = ServicerContext[Any, Any]
@@ -104,12 +105,15 @@ class StoreService:
             handlers[name] = grpc.stream_stream_rpc_method_handler(self._stream(name, stream))
         return grpc.method_handlers_generic_handler(SERVICE_NAME, handlers)
 
-    async def drain(self, reason: str, grace: float) -> None:
-        """Refuse new calls, end those that wait, close streams, and let the rest finish for `grace` seconds."""
+    async def drain(self, reason: str, grace: float, last_word: WorkerCommand | None) -> None:
+        """Refuse new calls, end those that wait, close streams, and let the rest finish for `grace` seconds.
+
+        Workers that listen are given the `last_word` if there is one.
+        """
         self._drain_reason = reason
         for task in self._waiting:
             task.cancel()
-        self.streams.close_all(pb.CLOSE_REASON_DRAINING, reason)
+        self.streams.close_all(pb.CLOSE_REASON_DRAINING, reason, last_word)
         with suppress(asyncio.TimeoutError):  # the server cancels what does not finish in time
             await asyncio.wait_for(self._idle.wait(), grace)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -50,6 +50,10 @@ class CommandSession:
     def ended(self) -> bool:
         """Whether a new session is needed."""
         return self._task.done()
+
+    def add_end_callback(self, callback: Callable[[], None]) -> None:
+        """Have `callback` called when the session has ended."""
+        self._task.add_done_callback(lambda _: callback())
 
     async def receive(self, timeout: float | None) -> Sequence[WorkerCommand]:
         """Wait up to `timeout` seconds (None: for ever) for commands, from when the server knows that we listen.

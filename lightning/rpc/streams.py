@@ -7,7 +7,7 @@ that does not read holds up only itself.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
@@ -38,6 +38,7 @@ class Outbox(Generic[ResponseT]):
 
     def __init__(self) -> None:
         self.closing: pb.StreamClosing | None = None
+        self.last_word: WorkerCommand | None = None
         self._queue: asyncio.Queue[ResponseT | None] = asyncio.Queue()
         self._slots = asyncio.Semaphore(_OUTBOX_MESSAGES)
         self._producers: list[asyncio.Task[None]] = []
@@ -55,10 +56,15 @@ class Outbox(Generic[ResponseT]):
             task.add_done_callback(self._end)
             self._producers.append(task)
 
-    def close(self, reason: pb.CloseReason.ValueType, message: str) -> None:
-        """End the stream after what is in the outbox, saying why."""
+    def close(
+        self, reason: pb.CloseReason.ValueType, message: str, last_word: WorkerCommand | None = None
+    ) -> None:
+        """End the stream after what is in the outbox, saying why, and for workers with a command before that."""
         if self.closing is None:
             self.closing = pb.StreamClosing(reason=reason, message=message)
+            self.last_word = last_word
+            for task in self._producers:
+                task.cancel()
             self._queue.put_nowait(None)
 
     async def messages(self) -> AsyncGenerator[ResponseT, None]:
@@ -103,10 +109,12 @@ class OpenStreams:
         if self._by_key.get(key) is outbox:
             del self._by_key[key]
 
-    def close_all(self, reason: pb.CloseReason.ValueType, message: str) -> None:
-        """End all streams."""
+    def close_all(
+        self, reason: pb.CloseReason.ValueType, message: str, last_word: WorkerCommand | None = None
+    ) -> None:
+        """End all streams, those of workers with a command."""
         for outbox in list(self._outboxes):
-            outbox.close(reason, message)
+            outbox.close(reason, message, last_word)
 
 
 async def worker_session(
@@ -135,13 +143,21 @@ async def worker_session(
             async for message in messages:
                 yield message
         if outbox.closing is not None:
-            for command in await service.store.receive_commands(
-                worker_id, instance_id=instance_id, timeout=0
-            ):
+            for command in await _last_commands(service, worker_id, instance_id, outbox.last_word):
                 yield _command_message(command)
             yield pb.WorkerSessionResponse(closing=outbox.closing)
     finally:
         service.streams.discard(outbox, key)
+
+
+async def _last_commands(
+    service: StoreService, worker_id: str, instance_id: str | None, last_word: WorkerCommand | None
+) -> Sequence[WorkerCommand]:
+    """What a worker is told before its stream is closed: the last word, which makes all others void, or what was sent
+    to it meanwhile."""
+    if last_word is not None:
+        return [last_word]
+    return await service.store.receive_commands(worker_id, instance_id=instance_id, timeout=0)
 
 
 async def _first(requests: AsyncIterator[pb.WorkerSessionRequest]) -> pb.WorkerSessionRequest.Hello:

@@ -10,6 +10,8 @@ import pytest
 
 from lightning.rpc import LightningStoreClient, LightningStoreServer
 from lightning.store import InMemoryLightningStore
+from lightning.testing.proxy import TcpProxy
+from lightning.testing.unreliable import UnreliableStore
 
 QUICK_RETRIES: dict[str, Any] = {"retry_delays": (0.01, 0.05, 0.2), "health_retry_delays": (0.01, 0.05)}
 
@@ -47,12 +49,26 @@ async def connect() -> AsyncIterator[Connect]:
 
 
 @pytest.fixture
-async def server(serve: Serve) -> LightningStoreServer:
-    """A server over an empty memory store."""
-    return await serve()
+def store() -> UnreliableStore:
+    """The store behind `server`: an empty one in memory, which counts calls and can be away."""
+    return UnreliableStore(InMemoryLightningStore())
+
+
+@pytest.fixture
+async def server(serve: Serve, store: UnreliableStore) -> LightningStoreServer:
+    """A server of `store`."""
+    return await serve(store)
 
 
 @pytest.fixture
 def client(server: LightningStoreServer, connect: Connect) -> LightningStoreClient:
     """A client of `server`."""
     return connect(server.endpoint)
+
+
+@pytest.fixture
+async def proxy(server: LightningStoreServer) -> AsyncIterator[TcpProxy]:
+    """A proxy before `server`; to be started."""
+    proxy = TcpProxy(server.port)
+    yield proxy
+    await proxy.close()
