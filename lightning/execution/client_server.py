@@ -17,6 +17,7 @@ from lightning.execution.base import (
     ExecutionStrategy,
     RunnerBundle,
 )
+from lightning.execution.commands import hear_stop
 from lightning.execution.entries import run_algorithm
 from lightning.execution.events import MultiprocessingEvent
 from lightning.execution.fleet import RunnerFleet
@@ -257,7 +258,10 @@ class _Execution:
             fleet.launch()
             await self.job.unless_failed(self.host.start())
             fleet.release()
-            await self.job.unless_failed(fleet.ended())
+            # also for runners that connect too late to hear it themselves
+            told = asyncio.create_task(hear_stop(self.host.store, fleet.prefix))
+            stack.callback(told.cancel)
+            await self.job.unless_failed(first_of(told, asyncio.create_task(fleet.ended())))
 
     # --- Their parts -------------------------------------------------------------------------------------------------
 

@@ -48,6 +48,7 @@ async def serve_store(link: ParentLink, url: str, host: str, port: int, allow_in
             link.report(server.endpoint)
             await asyncio.wait({told})
         finally:
-            await server.stop(reason="it was told to stop" if told.cancelled() else told.result())
+            reason = "it was told to stop" if told.cancelled() else told.result()
+            await server.stop(reason=reason, stop_workers=True)
     finally:
         await store.close()

@@ -54,9 +54,10 @@ class RunnerFleet:
         self._host = host
         self._payload = Payload(functools.partial(run_runner, runner=runner, event=job.event), "the runner")
         self._count = count
-        self._prefix = prefix
+        self.prefix = prefix
         self._restart_budget = restart_budget
         self._allowed_exit_codes = allowed_exit_codes
+        self._pickled_store = b""
         self._store_ready = asyncio.Event()
         self._stopping = asyncio.Event()
         self._living: dict[str, ChildProcess] = {}
@@ -65,14 +66,17 @@ class RunnerFleet:
     @property
     def names(self) -> list[str]:
         """The workers' ids."""
-        return [worker_name(index, self._prefix) for index in range(self._count)]
+        return [worker_name(index, self.prefix) for index in range(self._count)]
 
     def launch(self) -> None:
         """Start the processes, which load what they need meanwhile."""
         self._keepers = [asyncio.create_task(self._keep(index)) for index in range(self._count)]
+        for keeper in self._keepers:
+            keeper.add_done_callback(self._check_keeper)
 
     def release(self) -> None:
-        """Let them work: the store is up."""
+        """Let them work: the store is up. Raises `TypeError` if other processes cannot use it."""
+        self._pickled_store = self._host.pickled_store
         self._store_ready.set()
 
     async def ended(self) -> None:
@@ -106,14 +110,19 @@ class RunnerFleet:
         if self._keepers:
             await asyncio.wait(self._keepers)
 
+    def _check_keeper(self, keeper: asyncio.Task[bool]) -> None:
+        error = keeper.exception()
+        if error is not None:  # no more processes could be started, for example
+            self._job.fail(error)
+
     # --- One runner ----------------------------------------------------------------------------------------------
 
     async def _keep(self, index: int) -> bool:
         """Keep a runner running; returns whether it came to its own end."""
-        name = worker_name(index, self._prefix)
+        name = worker_name(index, self.prefix)
         crashes: deque[float] = deque()
         while True:
-            child = ChildProcess(name, self._payload, {WORKER_PREFIX_VARIABLE: self._prefix})
+            child = ChildProcess(name, self._payload, {WORKER_PREFIX_VARIABLE: self.prefix})
             self._living[name] = child
             await self._let_work(child, index, again=bool(crashes))
             await asyncio.wait({child.exited})
@@ -145,7 +154,7 @@ class RunnerFleet:
         if self._stopping.is_set():
             child.signal(signal.SIGTERM)
         else:
-            child.send((index, self._host.pickled_store))
+            child.send((index, self._pickled_store))
 
     async def _may_restart(self, name: str, crashes: deque[float]) -> bool:
         if self._stopping.is_set():

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import logging
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
 import cloudpickle
 
+from lightning.execution.commands import tell_runners
 from lightning.execution.entries import serve_store
 from lightning.execution.job import Job
 from lightning.execution.processes import ChildProcess, Payload, stop_children
@@ -21,10 +21,6 @@ if TYPE_CHECKING:
     from lightning.rpc.client import LightningStoreClient
     from lightning.rpc.server import LightningStoreServer
 
-logger = logging.getLogger(__name__)
-
-_TELL_TIMEOUT_SECONDS = 2.0
-"""How long telling one runner may take."""
 _STOP_REASON = "the job is over"
 _SERVER_NAME = "store server"
 
@@ -59,20 +55,6 @@ class StoreHost(ABC):
         """Send a command to these workers, or to all. Raises nothing."""
         if self.alive:
             await tell_runners(self.store, command, worker_ids)
-
-
-async def tell_runners(
-    store: LightningStore, command: Drain | Stop, worker_ids: list[str] | None = None
-) -> None:
-    """Send a command to these workers (None: to all). A store that cannot be reached is only a warning: those of
-    this machine learn it in other ways as well."""
-    try:
-        for worker_id in [None] if worker_ids is None else worker_ids:
-            await asyncio.wait_for(store.send_command(command, worker_id), _TELL_TIMEOUT_SECONDS)
-    except Exception as error:  # noqa: BLE001 - logged; the job goes on
-        logger.warning(
-            "the runners could not be told to %s: %s: %s", command.kind, type(error).__name__, error
-        )
 
 
 def pickle_store(store: LightningStore) -> bytes:
@@ -215,7 +197,7 @@ class ServedStore(StoreHost):
 
     async def stop(self) -> None:
         if self.exclusive:
-            await self._server.stop(reason=_STOP_REASON)
+            await self._server.stop(reason=_STOP_REASON, stop_workers=True)
 
     @property
     def store(self) -> LightningStore:

@@ -127,13 +127,12 @@ class Job:
     async def _watch_event(self) -> None:
         """The event may be set by anybody, in any thread or process."""
         if isinstance(self.event, MultiprocessingEvent):
-            assert self._loop is not None
-            seen = asyncio.Event()
-            self._loop.add_reader(self.event.fileno(), seen.set)
+            loop, seen = asyncio.get_running_loop(), asyncio.Event()
+            loop.add_reader(self.event.fileno(), seen.set)
             try:
                 await seen.wait()
             finally:
-                self._loop.remove_reader(self.event.fileno())
+                loop.remove_reader(self.event.fileno())
         else:
             while not self.event.is_set():  # noqa: ASYNC110 - it is set in other threads
                 await asyncio.sleep(self.poll_interval)

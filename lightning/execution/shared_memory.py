@@ -9,8 +9,9 @@ from typing import ClassVar, Literal, get_args
 
 from lightning.execution.base import AlgorithmBundle, ExecutionStrategy, RunnerBundle, worker_name
 from lightning.execution.bundles import BundleRun, BundleStart
+from lightning.execution.commands import tell_runners
 from lightning.execution.events import ThreadingEvent
-from lightning.execution.hosting import LentStore, tell_runners
+from lightning.execution.hosting import LentStore
 from lightning.execution.job import Job, first_of
 from lightning.store.contract import LightningStore
 from lightning.store.open import open_store
