@@ -153,9 +153,9 @@ def _may_become(record: RolloutRecord, attempt: AttemptRecord, status: AttemptSt
         return False
     if status in TERMINAL_ATTEMPT_STATUSES:
         return True
-    if attempt.status == "unresponsive":
-        return attempt is record.latest_attempt
-    return status == "running"  # preparing → running; never back
+    if status == "preparing":
+        return False  # never back
+    return is_open(attempt) or attempt is record.latest_attempt  # as a span does
 
 
 def refresh_attempt(record: RolloutRecord, attempt_id: str, now: float) -> RolloutRecord:
