@@ -20,6 +20,7 @@ from lightning.rpc import loop
 from lightning.rpc.address import parse_endpoint
 from lightning.rpc.connection import Connection
 from lightning.rpc.options import ClientOptions
+from lightning.rpc.relay import RelayedConnection
 from lightning.store.arguments import ROLLOUT_STATUSES, WORKER_STATUSES, check_count
 from lightning.store.contract import FilterLogic, LightningStore, SortOrder
 from lightning.store.queries import check_members, check_wait
@@ -100,7 +101,7 @@ class LightningStoreClient(LightningStore):
             connection_timeout=connection_timeout,
             max_message_bytes=max_message_bytes,
         )
-        self._connection: Connection | None = None
+        self._connection: Connection | RelayedConnection | None = None
         self._closed = False
 
     # --- About the connection ----------------------------------------------------------------------------------
@@ -131,7 +132,7 @@ class LightningStoreClient(LightningStore):
         self._connection = None
         self._closed = False
 
-    def _connect(self) -> Connection:
+    def _connect(self) -> Connection | RelayedConnection:
         connection = self._connection
         if connection is None or connection.pid != getpid():
             with loop.connecting():
@@ -139,7 +140,8 @@ class LightningStoreClient(LightningStore):
                     raise RuntimeError(f"the client of {self._endpoint} was closed")
                 connection = self._connection
                 if connection is None or connection.pid != getpid():
-                    connection = self._connection = Connection(self._endpoint, self._options)
+                    kind = RelayedConnection if loop.is_dead() else Connection
+                    connection = self._connection = kind(self._endpoint, self._options)
                     weakref.finalize(self, connection.abandon).atexit = False
         return connection
 

@@ -32,17 +32,18 @@ _shared = _Shared()
 os.register_at_fork(after_in_child=_shared.after_fork)
 
 
-def acquire() -> LoopThread:
-    """Take a share in the loop; `release` it once.
+def is_dead() -> bool:
+    """Whether this process was forked from one that was speaking gRPC at that moment. The core's threads did not come
+    along, and nothing that is asked of it ever ends; see `lightning.rpc.relay`."""
+    return _shared.unusable
 
-    Raises:
-        RuntimeError: This process was forked from one that was speaking gRPC at that moment. The C core's threads did
-            not come along, and nothing it does would ever end.
-    """
+
+def acquire() -> LoopThread:
+    """Take a share in the loop; `release` it once. Raises `RuntimeError` if gRPC `is_dead` in this process."""
     if _shared.unusable:
         raise RuntimeError(
             "gRPC was in use when this process was forked, and does not work after that: "
-            "start processes by 'spawn' or 'forkserver'"
+            "start processes that serve a store by 'spawn' or 'forkserver'"
         )
     with _shared.lock:
         if _shared.thread is None or _shared.thread.stopped:

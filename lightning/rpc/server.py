@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import logging
 import os
+import weakref
 from concurrent.futures import Future
 from typing import Any
 
@@ -108,6 +110,7 @@ class LightningStoreServer(ForwardingStore):
         except BaseException:
             loop.release()
             raise
+        self._running.end_with(self)
         self._endpoint = Endpoint(self._endpoint.host, self._running.port)
         logger.info("serving %s at %s", self._store_class, self._endpoint)
 
@@ -133,6 +136,7 @@ class LightningStoreServer(ForwardingStore):
         running, self._running = self._running, None
         if running is None:
             return
+        running.detach()
         try:
             await running.thread.run(self._drain(running, grace, reason, stop_workers))
         finally:
@@ -255,6 +259,26 @@ class _Running:
         self.health = health
         self.port = port
         self.stopped: Future[None] = Future()
+        self._pid = os.getpid()
+        self._finalizer: weakref.finalize[Any, Any] | None = None
+
+    def end_with(self, owner: LightningStoreServer) -> None:
+        """Stop serving when `owner` is forgotten, or the interpreter exits, without having been stopped."""
+        self._finalizer = weakref.finalize(owner, self._abandon)
+        self._finalizer.atexit = False  # its time at exit is after that of the event loop
+        atexit.register(self._finalizer)
+
+    def detach(self) -> None:
+        """The server is being stopped properly."""
+        if self._finalizer is not None:
+            self._finalizer.detach()
+            atexit.unregister(self._finalizer)
+
+    def _abandon(self) -> None:
+        if self._finalizer is not None:
+            atexit.unregister(self._finalizer)
+        if self._pid == os.getpid() and not self.thread.stopped:
+            self.thread.submit(self.server.stop(None)).add_done_callback(lambda _: loop.release())
 
     async def wait_until_stopped(self) -> None:
         # shielded, for cancelling one that waits must not tell the others that the server stopped
