@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 DEFAULT_GRACE_SECONDS = 5.0
 _FLUSH_SECONDS = 0.5
 """How long answers that are already made may take to reach their callers."""
+_EXIT_TIMEOUT_SECONDS = 5.0
 
 
 class LightningStoreServer(ForwardingStore):
@@ -263,22 +264,25 @@ class _Running:
         self._finalizer: weakref.finalize[Any, Any] | None = None
 
     def end_with(self, owner: LightningStoreServer) -> None:
-        """Stop serving when `owner` is forgotten, or the interpreter exits, without having been stopped."""
+        """Stop serving when the interpreter exits, or `owner` is forgotten, without having been stopped."""
         self._finalizer = weakref.finalize(owner, self._abandon)
-        self._finalizer.atexit = False  # its time at exit is after that of the event loop
-        atexit.register(self._finalizer)
+        self._finalizer.atexit = False  # that would be after the end of the event loop
+        atexit.register(self._stop_at_exit)
 
     def detach(self) -> None:
         """The server is being stopped properly."""
+        atexit.unregister(self._stop_at_exit)
         if self._finalizer is not None:
             self._finalizer.detach()
-            atexit.unregister(self._finalizer)
 
     def _abandon(self) -> None:
-        if self._finalizer is not None:
-            atexit.unregister(self._finalizer)
+        atexit.unregister(self._stop_at_exit)
         if self._pid == os.getpid() and not self.thread.stopped:
             self.thread.submit(self.server.stop(None)).add_done_callback(lambda _: loop.release())
+
+    def _stop_at_exit(self) -> None:
+        if self._pid == os.getpid() and not self.thread.stopped:
+            self.thread.run_blocking(self.server.stop(None), _EXIT_TIMEOUT_SECONDS)
 
     async def wait_until_stopped(self) -> None:
         # shielded, for cancelling one that waits must not tell the others that the server stopped

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import pickle
 import socket
 import time
@@ -24,6 +25,7 @@ from lightning.rpc import (
     StoreDrainingError,
     StoreUnavailableError,
 )
+from lightning.rpc import loop as grpc_loop
 from lightning.rpc.service import SERVICE_NAME
 from lightning.store import InMemoryLightningStore
 from lightning.testing.unreliable import UnreliableStore
@@ -209,6 +211,23 @@ async def test_a_busy_caller_does_not_hold_it_up(server: LightningStoreServer) -
 
     with ThreadPoolExecutor(1) as executor:
         assert executor.submit(call).result(10) == 0  # this loop is blocked until then
+
+
+async def test_a_forgotten_server_gives_back_what_it_holds() -> None:
+    shares = grpc_loop._shared.shares
+    server = LightningStoreServer(InMemoryLightningStore(), port=0)
+    await server.start()
+    address = ("127.0.0.1", server.port)
+    assert grpc_loop._shared.shares == shares + 1
+    del server
+    gc.collect()
+    deadline = time.monotonic() + 10
+    while grpc_loop._shared.shares > shares:
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.001)
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind(address)
 
 
 # --- Draining --------------------------------------------------------------------------------------------------
