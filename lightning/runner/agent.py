@@ -43,7 +43,7 @@ COMMAND_WAIT_SECONDS = 30.0
 """The same for commands."""
 _START_WAIT_SECONDS = 2.0
 """How long `start` waits for the first heartbeat to arrive."""
-_LAST_HEARTBEAT_SECONDS = 2.0
+_LAST_HEARTBEAT_SECONDS = 1.0
 _RECOVERY_SECONDS = 1.0
 
 HeartbeatLaunchMode = Literal["thread", "asyncio"]
