@@ -47,7 +47,7 @@ from lightning.codec.rollouts import (
     spec_from_proto,
     spec_to_proto,
 )
-from lightning.codec.spans import decode_span, encode_span, span_from_proto, span_to_proto
+from lightning.codec.spans import check_span, decode_span, encode_span, span_from_proto, span_to_proto
 from lightning.codec.updates import (
     attempt_changes_from_proto,
     attempt_changes_to_proto,
@@ -81,6 +81,7 @@ __all__ = [
     "build",
     "capabilities_from_proto",
     "capabilities_to_proto",
+    "check_span",
     "command_from_proto",
     "command_to_proto",
     "config_from_proto",

@@ -74,6 +74,21 @@ def read_attributes(source: RepeatedCompositeFieldContainer[span_pb2.Attribute])
     return attributes
 
 
+def check_attributes(source: RepeatedCompositeFieldContainer[span_pb2.Attribute], name: str) -> None:
+    """Check that what `read_attributes` returns could be written again: raises `ValueError` if it is too deep."""
+    if any(_nesting(attribute.value) > MAX_ATTRIBUTE_DEPTH for attribute in source):
+        raise ValueError(f"{name} are nested deeper than {MAX_ATTRIBUTE_DEPTH} levels")
+
+
+def _nesting(source: span_pb2.AttributeValue) -> int:
+    member = source.WhichOneof("value")
+    if member == "array_value":
+        return 1 + max(map(_nesting, source.array_value.values), default=0)
+    if member == "kvlist_value":
+        return 1 + max((_nesting(inner.value) for inner in source.kvlist_value.attributes), default=0)
+    return 0
+
+
 def _write_map(
     target: RepeatedCompositeFieldContainer[span_pb2.Attribute], values: Mapping[Any, Any], depth: int
 ) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from lightningpb.v1 import span_pb2
 
-from lightning.codec.attributes import read_attributes, write_attributes
+from lightning.codec.attributes import check_attributes, read_attributes, write_attributes
 from lightning.codec.building import build, construct, decode_object, encode_object
 from lightning.codec.enums import SPAN_STATUS_CODE
 from lightning.types import Event, Link, OtelResource, Span, SpanContext, TraceStatus
@@ -88,6 +88,25 @@ def span_from_proto(message: span_pb2.Span) -> Span:
         },
         extra=_read_extra(message.extra_json) if has("extra_json") else {},
     )
+
+
+def check_span(message: span_pb2.Span) -> None:
+    """Check that `span_from_proto` will take a message, and `span_to_proto` what it makes of it, without making it.
+
+    Raises:
+        ValueError: It would not; the message says why.
+    """
+    _check_sequence_id(message.sequence_id)
+    if message.HasField("status"):
+        SPAN_STATUS_CODE.to_word(message.status.code, "Span.status.code")
+    if message.HasField("extra_json"):
+        encode_object(_read_extra(message.extra_json), "span")
+    check_attributes(message.attributes, "attributes")
+    for event in message.events:
+        check_attributes(event.attributes, "events.attributes")
+    for link in message.links:
+        check_attributes(link.attributes.attributes, "links.attributes")
+    check_attributes(message.resource.attributes, "resource.attributes")
 
 
 def encode_span(span: Span) -> bytes:

@@ -10,11 +10,15 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Protocol
 
 from google.protobuf.message import Message
+from lightningpb.v1 import span_pb2
 from lightningpb.v1 import store_service_pb2 as pb
 
 from lightning import codec
 from lightning.codec.building import decode_object
+from lightning.store.contract import LightningStore
+from lightning.store.engine import StoreEngine
 from lightning.store.idempotency import request as request_scope
+from lightning.store.records import SpanRecord
 from lightning.types import (
     UNSET,
     AttemptedRollout,
@@ -139,14 +143,29 @@ async def wait_for_rollouts(service: StoreService, request: pb.WaitForRolloutsRe
 
 
 async def add_spans(service: StoreService, request: pb.AddSpansRequest) -> Message:
-    spans = [codec.span_from_proto(span) for span in request.spans]
-    stored = await service.store.add_many_spans(spans)
-    numbers = {_span_key(span): span.sequence_id for span in stored}
-    response = pb.AddSpansResponse()
-    for span in spans:
-        number = numbers.pop(_span_key(span), None)  # popped: a second one in the same request is a duplicate
-        response.receipts.add(sequence_id=number or 0, stored=number is not None)
-    return response
+    return pb.AddSpansResponse(receipts=await receive_spans(service.store, request.spans))
+
+
+async def receive_spans(store: LightningStore, spans: Sequence[span_pb2.Span]) -> list[span_pb2.SpanReceipt]:
+    """Store spans, and say what became of each."""
+    if isinstance(store, StoreEngine) and type(store).add_many_spans is StoreEngine.add_many_spans:
+        # it keeps spans encoded as they are here
+        for span in spans:
+            codec.check_span(span)
+        records = [
+            SpanRecord(span.attempt_id, span.span_id, span.sequence_id, span.SerializeToString())
+            for span in spans
+        ]
+        receipts = await store.add_span_records([span.rollout_id for span in spans], records)
+        return [
+            span_pb2.SpanReceipt(sequence_id=receipt.sequence_id, stored=receipt.stored)
+            for receipt in receipts
+        ]
+    decoded = [codec.span_from_proto(span) for span in spans]
+    numbers = {_span_key(span): span.sequence_id for span in await store.add_many_spans(decoded)}
+    # popped: a second one in the same request is a duplicate
+    found = [numbers.pop(_span_key(span), None) for span in decoded]
+    return [span_pb2.SpanReceipt(sequence_id=number or 0, stored=number is not None) for number in found]
 
 
 def _span_key(span: Span) -> tuple[str, str, str]:

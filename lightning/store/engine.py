@@ -241,20 +241,38 @@ class StoreEngine(ReadingVerbs):
         return stored[0] if stored else None
 
     async def add_many_spans(self, spans: Sequence[Span]) -> Sequence[Span]:
+        records = [SpanRecord.of(span) for span in spans]
+        rollout_ids = [span.rollout_id for span in spans]
+        receipts = await self.add_span_records(rollout_ids, records)
+        return [
+            # from the bytes that were stored: a copy, and what any later query will return
+            replace(record, sequence_id=receipt.sequence_id).to_span()
+            for record, receipt in zip(records, receipts, strict=True)
+            if receipt.stored
+        ]
+
+    async def add_span_records(
+        self, rollout_ids: Sequence[str], records: Sequence[SpanRecord]
+    ) -> list[SpanReceipt]:
+        """`add_many_spans` for who has them encoded, and checked, already.
+
+        Args:
+            rollout_ids: The rollout of each span.
+            records: The spans.
+
+        Returns:
+            What became of each.
+        """
         now = await self._enter()
-        encoded = [SpanRecord.of(span) for span in spans]
         groups: dict[tuple[str, str], list[int]] = {}
-        for index, span in enumerate(spans):
-            groups.setdefault((span.rollout_id, span.attempt_id), []).append(index)
+        for index, (rollout_id, record) in enumerate(zip(rollout_ids, records, strict=True)):
+            groups.setdefault((rollout_id, record.attempt_id), []).append(index)
         await self._check_attempts_exist(groups)
-        stored: dict[int, Span] = {}
+        receipts: dict[int, SpanReceipt] = {}
         for (rollout_id, attempt_id), indexes in groups.items():
-            receipts = await self._append_spans(rollout_id, attempt_id, [encoded[i] for i in indexes], now)
-            for index, receipt in zip(indexes, receipts, strict=True):
-                if receipt.stored:
-                    # from the bytes that were stored: a copy, and what any later query will return
-                    stored[index] = replace(encoded[index], sequence_id=receipt.sequence_id).to_span()
-        return [stored[index] for index in sorted(stored)]
+            given = await self._append_spans(rollout_id, attempt_id, [records[i] for i in indexes], now)
+            receipts.update(zip(indexes, given, strict=True))
+        return [receipts[index] for index in range(len(records))]
 
     async def _append_spans(
         self, rollout_id: str, attempt_id: str, spans: Sequence[SpanRecord], now: float

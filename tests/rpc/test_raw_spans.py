@@ -1,0 +1,88 @@
+"""Spans from clients that encode them by themselves: refused by name if no honest client would send them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import grpc
+import pytest
+from lightningpb.v1 import span_pb2
+from lightningpb.v1 import store_service_pb2 as pb
+from lightningpb.v1.store_service_pb2_grpc import LightningStoreServiceStub
+
+from lightning import codec
+from lightning.rpc import LightningStoreServer
+from lightning.store import InMemoryLightningStore, LightningStoreThreaded
+from lightning.testing import make_span
+
+pytestmark = pytest.mark.anyio
+
+
+def nest(span: span_pb2.Span, levels: int, *, by_map: bool) -> None:
+    value = span.attributes.add(key="deep").value
+    for _ in range(levels):
+        if by_map:
+            value = value.kvlist_value.attributes.add(key="k").value
+        else:
+            value = value.array_value.values.add()
+    value.int_value = 1
+
+
+BAD: dict[str, tuple[Callable[[span_pb2.Span], Any], str]] = {
+    "a negative number": (lambda span: setattr(span, "sequence_id", -1), "sequence_id is negative"),
+    "no status code": (lambda span: setattr(span.status, "code", 0), "status.code is not set"),
+    "an unknown status code": (lambda span: setattr(span.status, "code", 99), "unknown enum number 99"),
+    "extra that is no JSON": (lambda span: setattr(span, "extra_json", b"{"), "not valid JSON"),
+    "extra that is no object": (lambda span: setattr(span, "extra_json", b"[]"), "JSON object"),
+    "extra that is a field": (lambda span: setattr(span, "extra_json", b'{"name":1}'), "name"),
+    "arrays too deep": (lambda span: nest(span, codec.MAX_ATTRIBUTE_DEPTH + 1, by_map=False), "deeper than"),
+    "maps too deep": (lambda span: nest(span, codec.MAX_ATTRIBUTE_DEPTH + 1, by_map=True), "deeper than"),
+    "an unknown attempt": (lambda span: setattr(span, "attempt_id", "at-nobody"), "at-nobody"),
+    "an unknown rollout": (lambda span: setattr(span, "rollout_id", "ro-nobody"), "ro-nobody"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+@pytest.mark.parametrize("wrap", [lambda store: store, LightningStoreThreaded], ids=["memory", "threaded"])
+async def test_a_bad_span_is_refused_with_its_whole_request(kind: str, wrap: Any, serve: Any) -> None:
+    server: LightningStoreServer = await serve(wrap(InMemoryLightningStore()))
+    rollout = await server.start_rollout("task")
+    good, bad = (codec.span_to_proto(make_span(rollout)) for _ in range(2))
+    spoil, mentions = BAD[kind]
+    spoil(bad)
+    with grpc.insecure_channel(server.endpoint) as channel:
+        stub = LightningStoreServiceStub(channel)
+        with pytest.raises(grpc.RpcError) as caught:
+            await asyncio.to_thread(stub.AddSpans, pb.AddSpansRequest(spans=[good, bad]), timeout=10)
+        assert caught.value.code().name in ("INVALID_ARGUMENT", "NOT_FOUND")
+        assert mentions in caught.value.details()
+    assert (await server.query_spans(rollout.rollout_id)).total == 0
+
+
+@pytest.mark.parametrize("by_map", [True, False])
+async def test_what_is_as_deep_as_allowed_can_be_read_again(
+    by_map: bool, server: LightningStoreServer, client: Any
+) -> None:
+    rollout = await server.start_rollout("task")
+    span = codec.span_to_proto(make_span(rollout))
+    nest(span, codec.MAX_ATTRIBUTE_DEPTH, by_map=by_map)
+    with grpc.insecure_channel(server.endpoint) as channel:
+        stub = LightningStoreServiceStub(channel)
+        await asyncio.to_thread(stub.AddSpans, pb.AddSpansRequest(spans=[span]), timeout=10)
+    (found,) = await client.query_spans(rollout.rollout_id)
+    assert found.attributes["deep"]
+
+
+@pytest.mark.parametrize("wrap", [lambda store: store, LightningStoreThreaded], ids=["memory", "threaded"])
+async def test_receipts_come_in_the_order_of_the_request(wrap: Any, serve: Any) -> None:
+    server: LightningStoreServer = await serve(wrap(InMemoryLightningStore()))
+    rollouts = [await server.start_rollout(number) for number in range(2)]
+    first, second, third = (make_span(rollouts[0]), make_span(rollouts[1]), make_span(rollouts[0]))
+    with grpc.insecure_channel(server.endpoint) as channel:
+        stub = LightningStoreServiceStub(channel)
+        spans = [codec.span_to_proto(span) for span in (first, second, first, third)]
+        answer = await asyncio.to_thread(stub.AddSpans, pb.AddSpansRequest(spans=spans), timeout=10)
+    assert [receipt.stored for receipt in answer.receipts] == [True, True, False, True]
+    assert [answer.receipts[index].sequence_id for index in (0, 1, 3)] == [1, 1, 2]
