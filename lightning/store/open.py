@@ -41,6 +41,11 @@ def full_url(url: str) -> str:
     return f"sqlite:{default_path()}" if url.rstrip(":") == "sqlite" else url
 
 
+def is_store_url(text: str) -> bool:
+    """Whether `text` begins as the URL of a store does."""
+    return text.partition(":")[0] in _BACKENDS
+
+
 def open_store(url: str) -> LightningStore:
     """Open the store that `url` names.
 
@@ -52,7 +57,7 @@ def open_store(url: str) -> LightningStore:
         ValueError: There is no such kind of store, or its name is incomplete.
     """
     scheme, _, rest = url.partition(":")
-    if scheme not in _BACKENDS:
+    if not is_store_url(url):
         forms = ", ".join(form for form, _ in _BACKENDS.values())
         raise ValueError(f"unknown store {url!r}; a store is one of: {forms}")
     return _BACKENDS[scheme][1](rest)

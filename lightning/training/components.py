@@ -29,6 +29,8 @@ from typing import Any, cast
 from lightning.agents import Agent, as_agent
 from lightning.store.contract import LightningStore
 from lightning.store.forwarding import complete
+from lightning.store.open import is_store_url, open_store
+from lightning.store.threaded import LightningStoreThreaded
 
 _ADDRESS = re.compile(r"((grpc|http)://)?[^/\s]+:\d+/?")
 _NO_ALIASES: Mapping[str, str] = {}
@@ -94,26 +96,46 @@ def build_agent(parameter: str, given: Any) -> Agent:
 
 
 def build_store(parameter: str, given: Any) -> LightningStore:
-    """As `build_component`, for stores; the address of a server (`"host:port"`) makes a client of it, and an object
-    of another make that has a store's methods is taken for one.
+    """As `build_component`, for stores; an object of another make that has a store's methods is taken for one.
 
     Raises:
         TypeError: It can be no store.
-        ValueError: An address cannot be read, or a path leads nowhere.
+        ValueError: A path leads nowhere.
     """
-    if isinstance(given, str) and _ADDRESS.fullmatch(given):
-        from lightning.rpc import LightningStoreClient
-
-        return LightningStoreClient(given)
     if not callable(given) and hasattr(given, "enqueue_rollout"):
         return complete(given)
     store: LightningStore = build_component(parameter, given, LightningStore)
     return store
 
 
-def is_store_url(given: Any) -> bool:
-    """Whether `given` is a text for `open_store`, and not an address or a dotted path."""
-    return isinstance(given, str) and not _ADDRESS.fullmatch(given) and "." not in given.partition(":")[0]
+def names_store(given: Any) -> bool:
+    """Whether `given` is a text that `open_named_store` is for, and not a component.
+
+    Raises:
+        ValueError: It is a text that is neither, or an address that cannot be read.
+    """
+    if not isinstance(given, str) or is_store_url(given):
+        return isinstance(given, str)
+    if _ADDRESS.fullmatch(given):
+        from lightning.rpc.address import parse_endpoint
+
+        parse_endpoint(given)
+        return True
+    if "." not in given.partition(":")[0]:
+        raise ValueError(
+            f"store={given!r} is not known: give the address 'host:port' of a server, the URL of a backend such as "
+            f"'memory', a path such as 'package.module:Name', or a LightningStore"
+        )
+    return False
+
+
+def open_named_store(text: str) -> LightningStore:
+    """Open the backend with the URL `text`, or connect to the server at the address `text`. The caller closes it."""
+    if is_store_url(text):
+        return LightningStoreThreaded(open_store(text))
+    from lightning.rpc import LightningStoreClient
+
+    return LightningStoreClient(text)
 
 
 def load_object(what: str, path: str) -> Any:

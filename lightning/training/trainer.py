@@ -13,12 +13,20 @@ from lightning.agents import Agent
 from lightning.execution import ExecutionStrategy, SharedMemoryExecutionStrategy
 from lightning.runner import AgentRunner, Hook
 from lightning.store.contract import LightningStore
-from lightning.store.open import open_store
+from lightning.store.open import is_store_url
+from lightning.store.threaded import LoopThread
 from lightning.tracing import OtelTracer
 from lightning.training.adapter import Adapter
 from lightning.training.algorithm import Algorithm, Dataset, SinglePass
 from lightning.training.bundles import AlgorithmSide, RunnerSide
-from lightning.training.components import build_agent, build_component, build_store, is_store_url, load_object
+from lightning.training.components import (
+    build_agent,
+    build_component,
+    build_store,
+    load_object,
+    names_store,
+    open_named_store,
+)
 from lightning.types import NamedResources
 
 logger = logging.getLogger(__name__)
@@ -52,8 +60,9 @@ class Trainer:
             an instance already keeps its own number.
         strategy: An `ExecutionStrategy`, or `"cs"` (a server, and runners in processes of their own, over gRPC) or
             `"shm"` (threads of one process).
-        store: A `LightningStore`, the address `"host:port"` of a store server, or what names a backend, such as
-            `"memory"`. None: the strategy makes one for this job.
+        store: A `LightningStore`, which stays yours to close; or the address `"host:port"` of a store server, or the
+            URL of a backend such as `"memory"` or `"sqlite:runs.db"`, which each job opens and closes. None: the
+            strategy makes a store for each job.
         tracer: An `OtelTracer`; None: one with the default settings.
         adapter: An `Adapter` for the algorithm; None: the algorithm's own.
         hooks: One `Hook`, or several, called around each rollout in the order given.
@@ -89,10 +98,10 @@ class Trainer:
             None if algorithm is None else build_component("algorithm", algorithm, Algorithm)
         )
         self.agent: Agent | None = None if agent is None else build_agent("agent", agent)
-        self._store_url = store if is_store_url(store) else None
-        self.strategy = _build_strategy(strategy, n_runners, self._store_url)
+        self._store_name: str | None = store if names_store(store) else None
+        self.strategy = _build_strategy(strategy, n_runners, self._store_name)
         self.store: LightningStore | None = (
-            None if store is None or self._store_url is not None else build_store("store", store)
+            None if store is None or self._store_name is not None else build_store("store", store)
         )
         self.tracer: OtelTracer | None = (
             None if tracer is None else build_component("tracer", tracer, OtelTracer)
@@ -177,16 +186,30 @@ class Trainer:
             hooks=self.hooks,
             max_rollouts=self.max_rollouts,
         )
-        strategy.execute(algorithm_side.run, runner_side.run, self._store_for(strategy))
+        with self._store_for(strategy) as store:
+            strategy.execute(algorithm_side.run, runner_side.run, store)
 
-    def _store_for(self, strategy: ExecutionStrategy) -> LightningStore | None:
-        """None where the strategy opens the store itself, in the best place."""
-        if self._store_url is None or getattr(strategy, "store_url", None) == self._store_url:
-            return self.store
-        return open_store(self._store_url)
+    @contextlib.contextmanager
+    def _store_for(self, strategy: ExecutionStrategy) -> Generator[LightningStore | None, None, None]:
+        """The user's store; or one opened for this job; or None where the strategy opens it, in a better place."""
+        if self._store_name is None or getattr(strategy, "store_url", None) == self._store_name:
+            yield self.store
+            return
+        store = open_named_store(self._store_name)
+        try:
+            yield store
+        finally:
+            thread = LoopThread(
+                "lightning-close"
+            )  # this thread may have an event loop that is busy: a notebook's
+            try:
+                thread.run_blocking(store.close())
+            finally:
+                thread.stop()
 
 
-def _build_strategy(given: Component, n_runners: int | None, store_url: str | None) -> ExecutionStrategy:
+def _build_strategy(given: Component, n_runners: int | None, store_name: str | None) -> ExecutionStrategy:
+    store_url = store_name if store_name is not None and is_store_url(store_name) else None
     wanted = {"n_runners": n_runners, "store_url": store_url}
     options = {name: value for name, value in wanted.items() if value is not None}
     strategy: ExecutionStrategy = build_component(

@@ -7,6 +7,7 @@ import logging
 import pickle
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from lightning import (
     PromptTemplate,
     SharedMemoryExecutionStrategy,
     Span,
+    SQLiteLightningStore,
     Trainer,
     emit_reward,
     find_final_reward,
@@ -227,11 +229,26 @@ def test_a_store_of_foreign_make_is_taken() -> None:
 def test_a_named_backend_is_left_to_a_strategy_that_can_open_it() -> None:
     in_threads = Recorder()
     Trainer(algorithm=Collect, strategy=in_threads, store="memory").fit(double)
-    assert isinstance(in_threads.given[2], InMemoryLightningStore)
+    with pytest.raises(RuntimeError, match="closed"):
+        asyncio.run(in_threads.given[2].statistics())
     trainer = Trainer(algorithm=Collect, strategy="cs", store="memory")
     assert trainer.store is None
     assert isinstance(trainer.strategy, ClientServerExecutionStrategy)
     assert trainer.strategy.store_url == "memory"
+
+
+def test_a_backend_that_is_named_by_its_url_is_opened_for_the_job_and_closed_after_it(tmp_path: Path) -> None:
+    trainer = Trainer(algorithm=Collect(), strategy="shm", store=f"sqlite:{tmp_path / 'runs.db'}")
+    trainer.fit(double, [1.0])
+    trainer.fit(double, [2.0, 3.0])
+    store = SQLiteLightningStore(tmp_path / "runs.db")
+
+    async def look() -> list[Any]:
+        inputs = [item.input for item in await store.query_rollouts(status_in=["succeeded"])]
+        await store.close()
+        return inputs
+
+    assert asyncio.run(look()) == [1.0, 2.0, 3.0]
 
 
 def test_the_sides_of_a_job_travel() -> None:
@@ -286,6 +303,8 @@ def test_a_number_of_runners_that_is_not_used_is_told(caplog: pytest.LogCaptureF
         ({"tracer": "zipkin"}, ValueError, r"^tracer='zipkin' is not known"),
         ({"adapter": 1}, TypeError, r"^adapter=1 is not accepted"),
         ({"hooks": [Hook, 1]}, TypeError, r"^hooks\[1\]=1 is not accepted"),
+        ({"store": "nonsense"}, ValueError, r"^store='nonsense' is not known: give the address"),
+        ({"store": "localhost:99999"}, ValueError, r"^'localhost:99999' is not the address of a store"),
         ({"store": 5}, TypeError, r"^store=5 is not accepted"),
         ({"n_runners": 0}, ValueError, r"^n_runners must be a whole number of at least 1, not 0"),
         ({"max_rollouts": True}, ValueError, r"^max_rollouts must be"),
