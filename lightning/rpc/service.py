@@ -40,8 +40,8 @@ Context = ServicerContext[Any, Any]
 SERVICE = pb.DESCRIPTOR.services_by_name["LightningStoreService"]
 SERVICE_NAME = SERVICE.full_name
 
-_WAITING_METHODS = frozenset({"DequeueRollouts"})
-"""Of those that change something: they may wait for long, and should not when the caller is gone."""
+_MAX_REQUEST_ID_LENGTH = 256
+"""Clients choose their request ids, and the server keeps them for a while."""
 
 _CHUNK_BYTES = 1024 * 1024
 """How much of a query's result goes into one message, unless a single record is larger."""
@@ -126,7 +126,6 @@ class StoreService:
     def _unary(self, name: str, handler: UnaryHandler) -> Callable[..., Awaitable[bytes]]:
         request_class = _request_class(name)
         changes_something = "request_id" in request_class.DESCRIPTOR.fields_by_name
-        abandonable = name in _WAITING_METHODS
 
         async def run(request: Any) -> Outcome:
             try:
@@ -146,8 +145,14 @@ class StoreService:
                 return to_failure(error)
             if not changes_something or not request.request_id:
                 return await run(request)
+            if len(request.request_id) > _MAX_REQUEST_ID_LENGTH:
+                return to_failure(
+                    ValueError(f"request_id is longer than {_MAX_REQUEST_ID_LENGTH} characters")
+                )
             key = (name, request.request_id)
-            return await self._repeats.run(key, lambda: run_once(request), abandonable=abandonable)
+            # a claim that waits for work must not go on waiting when the runner is gone
+            waits = name == "DequeueRollouts" and request.wait_seconds > 0
+            return await self._repeats.run(key, lambda: run_once(request), abandonable=waits)
 
         async def handle(data: bytes, context: Context) -> bytes:
             with self._call():

@@ -15,7 +15,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-from lightningpb.v1 import errors_pb2
+from lightningpb.v1 import errors_pb2, rollout_pb2
 from lightningpb.v1 import store_service_pb2 as pb
 from lightningpb.v1.store_service_pb2_grpc import LightningStoreServiceStub
 
@@ -417,6 +417,33 @@ async def test_bytes_that_are_no_message_are_refused(channel: Any, method: str) 
         await asyncio.to_thread(send)
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert f"{method}Request" in caught.value.details()
+
+
+async def test_a_request_id_has_a_length_that_can_be_kept(channel: Any) -> None:
+    stub = LightningStoreServiceStub(channel)
+    request = pb.EnqueueRolloutsRequest(request_id="x" * 257)
+    with pytest.raises(grpc.RpcError) as caught:
+        await asyncio.to_thread(stub.EnqueueRollouts, request, timeout=10)
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "request_id" in caught.value.details()
+
+
+async def test_a_call_without_a_request_id_is_made_each_time(channel: Any, store: UnreliableStore) -> None:
+    stub = LightningStoreServiceStub(channel)
+    spec = rollout_pb2.RolloutSpec(input_json=b"1")
+    for request_id in ("", "", "same", "same"):
+        request = pb.EnqueueRolloutsRequest(request_id=request_id, specs=[spec])
+        await asyncio.to_thread(stub.EnqueueRollouts, request, timeout=10)
+    assert store.calls["enqueue_many_rollouts"] == 3
+
+
+async def test_a_method_of_another_version_is_not_known(channel: Any, server: LightningStoreServer) -> None:
+    def call() -> Any:
+        return channel.unary_unary(f"/{SERVICE_NAME}/Invented")(b"", timeout=10)
+
+    with pytest.raises(grpc.RpcError) as caught:
+        await asyncio.to_thread(call)
+    assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
 
 
 async def test_the_server_says_what_it_is(channel: Any) -> None:
