@@ -72,10 +72,10 @@ def run_runners(
     )  # as `python -m` does, so that modules of the current folder are found
     if worker_prefix:
         os.environ[WORKER_PREFIX_VARIABLE] = worker_prefix
-    strategy = ClientServerExecutionStrategy(
-        role="runner", server_host=endpoint.host, server_port=endpoint.port, n_runners=n_runners
-    )
     with reporting(ValueError, TypeError, ImportError, exit_code=EXIT_USAGE):
+        strategy = ClientServerExecutionStrategy(
+            role="runner", server_host=endpoint.host, server_port=endpoint.port, n_runners=n_runners
+        )
         trainer = Trainer(agent=agent, strategy=strategy, runner={"concurrency": concurrency})
     asyncio.run(_wait_for_server(str(endpoint), wait))
     typer.echo(f"{n_runners} runner{'s' if n_runners > 1 else ''} of {agent} at {endpoint}, Ctrl-C ends them")

@@ -103,6 +103,14 @@ def test_a_server_that_is_not_there_in_time(closed_port: int, tmp_path: Path) ->
     assert outcome.returncode == 1
 
 
+def test_a_setting_in_the_environment_that_cannot_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIGHTNING_MANAGED_STORE", "perhaps")
+    outcome = lightning("runner", "json:loads")
+    [line] = outcome.stderr.splitlines()
+    assert line.startswith("error: LIGHTNING_MANAGED_STORE='perhaps' cannot be used")
+    assert outcome.returncode == 2
+
+
 def test_an_agent_module_with_a_fault_names_the_place(tmp_path: Path) -> None:
     (tmp_path / "my_agents.py").write_text("import lightning\n\nagent = undefined\n")
     outcome = lightning("runner", "my_agents:agent", cwd=tmp_path)
