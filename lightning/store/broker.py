@@ -41,6 +41,17 @@ class EventBroker:
         with self._lock:
             self._publish(topic, at_most)
 
+    def publish_all(self) -> None:
+        """Wake everybody, whatever they wait for: something may have happened unnoticed."""
+        with self._lock:
+            for topic in list(self._subscribers):
+                self._publish(topic, None)
+
+    def is_awaited(self, *, except_for: Topic) -> bool:
+        """Whether anybody waits for anything, one topic aside."""
+        with self._lock:
+            return any(topic != except_for for topic in self._subscribers)
+
     def close(self) -> None:
         """Wake everybody for good: `Subscription.wait` raises `BrokerClosed` from now on."""
         with self._lock:

@@ -14,7 +14,8 @@ from lightning.store.clock import Clock, SystemClock
 from lightning.store.contract import LightningStore
 from lightning.store.idempotency import applied_value, current_request, mark_applied
 from lightning.store.mailbox import WorkerMailboxes
-from lightning.store.persistence.abc import Persistence, RolloutChange
+from lightning.store.outside import OutsideWorld
+from lightning.store.persistence.abc import Notice, Persistence, ResourcesNotice, RolloutChange, RolloutNotice
 from lightning.store.records import (
     RolloutRecord,
 )
@@ -22,6 +23,7 @@ from lightning.store.watchdog import Watchdog
 from lightning.types import (
     CancelAttempt,
     LightningStoreCapabilities,
+    ResourcesChanged,
 )
 
 QUEUE = "queue"
@@ -48,6 +50,7 @@ class EngineCore(LightningStore):
         self._broker = EventBroker(self._clock)
         self._commands = WorkerMailboxes(self._broker)
         self._watchdog = Watchdog(self._broker, self._expire)
+        self._outside = OutsideWorld(persistence, self._broker, self._watchdog, self._hear)
         self._validate_resources = validate_resources
         self._opened_at = time.monotonic()
         self._opened = False
@@ -67,6 +70,7 @@ class EngineCore(LightningStore):
             return
         self._broker.close()
         await self._watchdog.close()
+        await self._outside.close()
         if self._opened:
             await self._persistence.close()
 
@@ -78,11 +82,9 @@ class EngineCore(LightningStore):
             await self._persistence.open()
             self._opened = True
             self._watchdog.watch(await self._persistence.first_deadline())
-        now = self._clock.now()
-        deadline = self._watchdog.next_deadline
-        if deadline is not None and deadline < now:
-            self._watchdog.watch(await self._expire())
-        return now
+        self._outside.attend()
+        await self._watchdog.catch_up()
+        return self._clock.now()
 
     async def _expire(self) -> float | None:
         """Close every attempt whose time is up; returns the next deadline."""
@@ -149,16 +151,36 @@ class EngineCore(LightningStore):
                 hold.worker_id,
                 lambda worker, hold=hold: lifecycle.release(worker, hold, now),  # type: ignore[misc]
             )
-            if interrupt and hold.status != "unresponsive":  # that one may yet be revived
-                ref = {"rollout_id": hold.lease.rollout_id, "attempt_id": hold.lease.attempt_id}
-                self._commands.send(CancelAttempt(**ref, status=hold.status), hold.worker_id)
+            if interrupt:
+                self._interrupt(hold)
         for hold in effects.acquired:
             await self._persistence.change_worker(
                 hold.worker_id,
                 lambda worker, hold=hold: lifecycle.acquire(worker, hold.lease, now),  # type: ignore[misc]
             )
         self._watchdog.watch(lifecycle.next_deadline(after))
+        self._publish(after.rollout_id, effects)
+
+    def _hear(self, notice: Notice) -> None:
+        """Let those who wait on this server know what another one did."""
+        if isinstance(notice, ResourcesNotice):
+            self._commands.send(
+                ResourcesChanged(resources_id=notice.resources_id, version=notice.version), None
+            )
+        elif isinstance(notice, RolloutNotice):
+            for hold in notice.effects.released:
+                self._interrupt(hold)
+            self._publish(notice.rollout_id, notice.effects)
+        else:
+            self._broker.publish_all()
+
+    def _publish(self, rollout_id: str, effects: lifecycle.Effects) -> None:
         if effects.entered_queue:
             self._broker.publish(QUEUE, at_most=1)
         if effects.finished:
-            self._broker.publish(("finished", after.rollout_id))
+            self._broker.publish(("finished", rollout_id))
+
+    def _interrupt(self, hold: lifecycle.Hold) -> None:
+        if hold.status != "unresponsive":  # that one may yet be revived
+            ref = {"rollout_id": hold.lease.rollout_id, "attempt_id": hold.lease.attempt_id}
+            self._commands.send(CancelAttempt(**ref, status=hold.status), hold.worker_id)

@@ -6,12 +6,13 @@ import asyncio
 import logging
 import threading
 from collections.abc import Awaitable, Callable
+from concurrent.futures import Future
 
 from lightning.store.broker import BrokerClosed, EventBroker
 
 logger = logging.getLogger(__name__)
 
-_TOPIC = "watchdog"
+WATCHDOG_TOPIC = "watchdog"
 _MARGIN_SECONDS = 0.001
 """A deadline has passed strictly after its time; wake up a little later than it."""
 _RETRY_SECONDS = 0.5
@@ -35,11 +36,8 @@ class Watchdog:
         self._task: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._next: float | None = None
-
-    @property
-    def next_deadline(self) -> float | None:
-        """No rollout is due before this time, in seconds since the epoch; None: none will be."""
-        return self._next
+        self._expiry: Future[None] | None = None
+        """Done when what is being expired now is."""
 
     def watch(self, deadline: float | None) -> None:
         """There is something to expire after `deadline`."""
@@ -54,7 +52,34 @@ class Watchdog:
                 self._task = self._loop.create_task(self._run(), name="lightning-watchdog")
                 return
         if earlier:
-            self._broker.publish(_TOPIC)
+            self._broker.publish(WATCHDOG_TOPIC)
+
+    async def catch_up(self) -> None:
+        """Return when nothing is overdue any more: what is due has been expired, by this call or by another."""
+        while True:
+            with self._lock:
+                running = self._expiry
+                due = self._next
+                if running is None:
+                    if due is None or self._broker.clock.now() <= due:
+                        return
+                    self._next = None
+                    self._expiry = Future()
+            if running is None:
+                await self._expire_now(due)
+                return
+            await asyncio.shield(asyncio.wrap_future(running))
+
+    async def _expire_now(self, due: float | None) -> None:
+        deadline = due  # if this fails, it still is
+        try:
+            deadline = await self._expire()
+        finally:
+            with self._lock:
+                self._keep_earliest(deadline)
+                expiry, self._expiry = self._expiry, None
+            if expiry is not None:
+                expiry.set_result(None)
 
     async def close(self) -> None:
         """Stop; nothing expires any more."""
@@ -68,28 +93,27 @@ class Watchdog:
             self._loop.call_soon_threadsafe(task.cancel)
 
     async def _run(self) -> None:
-        with self._broker.subscribe([_TOPIC]) as wake_up:
+        with self._broker.subscribe([WATCHDOG_TOPIC]) as wake_up:
             while True:
                 with self._lock:
                     until = self._next
-                    if until is None:
+                    if until is None and self._expiry is None:
                         self._task = None
                         return
                 try:
-                    if self._broker.clock.now() <= until:
+                    if until is not None and self._broker.clock.now() <= until:
                         await wake_up.wait(until + _MARGIN_SECONDS)
-                        continue
-                    with self._lock:
-                        self._next = None
-                    self._keep_earliest(await self._expire())
+                    else:
+                        await self.catch_up()
                 except BrokerClosed:
                     return
                 except Exception:
                     # A backend that is away for a moment must not leave attempts running for ever.
                     logger.exception("expiring attempts failed; trying again in %s s", _RETRY_SECONDS)
-                    self._keep_earliest(self._broker.clock.now() + _RETRY_SECONDS)
+                    with self._lock:
+                        if self._next is not None:
+                            self._next = max(self._next, self._broker.clock.now() + _RETRY_SECONDS)
 
     def _keep_earliest(self, deadline: float | None) -> None:
-        with self._lock:
-            if deadline is not None and (self._next is None or deadline < self._next):
-                self._next = deadline
+        if deadline is not None and (self._next is None or deadline < self._next):
+            self._next = deadline

@@ -16,6 +16,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from lightning.store.lifecycle import Effects
 from lightning.store.queries import RolloutQuery
 from lightning.store.records import ResourcesRecord, RolloutRecord, SpanReceipt, SpanRecord, WorkerRecord
 
@@ -50,6 +51,32 @@ class Totals:
     """Sizes that this backend keeps to, in bytes, by the names that `LightningStoreStatistics` has for them."""
 
 
+@dataclass(frozen=True)
+class RolloutNotice:
+    """Another server changed a rollout."""
+
+    rollout_id: str
+    effects: Effects
+    """As far as they matter to who waits; `released` may name attempts that had been released before."""
+
+
+@dataclass(frozen=True)
+class ResourcesNotice:
+    """Another server published resources."""
+
+    resources_id: str
+    version: int
+
+
+@dataclass(frozen=True)
+class LookAgain:
+    """Changes that other servers made may have gone unnoticed."""
+
+
+Notice = RolloutNotice | ResourcesNotice | LookAgain
+Announce = Callable[[Notice], None]
+
+
 class SpansEvictedError(RuntimeError):
     """Spans that were asked for had been dropped to keep memory within its limit."""
 
@@ -59,8 +86,10 @@ class BackendError(RuntimeError):
 
     ```
     BackendError
-    ├── BackendOpenError   the backend cannot be opened: the message says what is in the way
-    └── BackendFullError   there is no room left; works again when there is
+    ├── BackendOpenError          the backend cannot be opened: the message says what is in the way
+    ├── BackendFullError          there is no room left; works again when there is
+    └── BackendUnavailableError   the backend stays away; also a ConnectionError. Alone of these, it may leave a
+                                  change made
     ```
     """
 
@@ -73,6 +102,11 @@ class BackendFullError(BackendError):
     """There is no room left where records rest."""
 
 
+class BackendUnavailableError(BackendError, ConnectionError):
+    """The place where records rest could not be reached, retries included. Whether the last call changed something is
+    unknown, unless the message says so."""
+
+
 class Persistence(ABC):
     """A backend. Every method is atomic and, once it has returned, as durable as the backend is."""
 
@@ -80,6 +114,8 @@ class Persistence(ABC):
     """For people: `memory`, `sqlite`, …"""
     durable: bool
     """Whether what was written survives the process."""
+    shared: bool = False
+    """Whether other servers may work on the same records; then the engine calls `watch`."""
 
     async def open(self) -> None:
         """Make ready; called once, before anything else."""
@@ -87,6 +123,16 @@ class Persistence(ABC):
 
     async def close(self) -> None:
         """Release files, threads and connections; called once, last."""
+        return
+
+    async def watch(self, announce: Announce, is_awaited: Callable[[], bool]) -> None:
+        """Tell of changes that other servers make to the records, until cancelled; begin with `LookAgain`, once any
+        change from then on will be noticed. Called only if `shared`, and again when it fails.
+
+        Args:
+            announce: To be told.
+            is_awaited: Whether anybody waits for anything, for backends that can only look from time to time.
+        """
         return
 
     # --- rollouts ---

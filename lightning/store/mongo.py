@@ -1,0 +1,55 @@
+"""The store over MongoDB. It needs pymongo, which the extra `mongo` brings; importing this module does not."""
+
+from __future__ import annotations
+
+from lightning.store.clock import Clock
+from lightning.store.engine import StoreEngine
+
+DEFAULT_DATABASE = "lightning"
+DEFAULT_PARTITION = "default"
+
+
+class MongoLightningStore(StoreEngine):
+    """A store in a MongoDB database, on which many servers may work at once.
+
+    It is connected by the first call: what is in the way then raises `BackendOpenError`. Later, while MongoDB is away
+    or elects a primary, calls wait; those that waited in vain raise `BackendUnavailableError`, a `ConnectionError`.
+
+    Args:
+        mongo_uri: Where MongoDB is: a connection string, such as `mongodb://host1,host2/?replicaSet=rs0`. A standalone
+            server serves as well as a replica set.
+        database_name: The database; it is made if there is none.
+        partition_id: Stores of different partitions share the database and see nothing of each other; those of the same
+            partition are one store.
+        retain_seconds: How long after its end a rollout is kept, with its spans, in seconds; None: for ever.
+        timeout_seconds: How long a call waits for MongoDB to come back.
+        validate_resources: See `StoreEngine`.
+        clock: See `StoreEngine`.
+
+    Raises:
+        ImportError: pymongo is not installed.
+        ValueError: One of the arguments is not what it should be.
+    """
+
+    def __init__(
+        self,
+        mongo_uri: str = "mongodb://localhost:27017",
+        database_name: str = DEFAULT_DATABASE,
+        partition_id: str = DEFAULT_PARTITION,
+        *,
+        retain_seconds: float | None = None,
+        timeout_seconds: float = 30.0,
+        validate_resources: bool = True,
+        clock: Clock | None = None,
+    ) -> None:
+        try:
+            from lightning.store.persistence.mongo import MongoPersistence
+            from lightning.store.persistence.mongo_connection import MongoSettings
+        except ModuleNotFoundError as error:
+            if error.name is None or error.name.partition(".")[0] not in ("bson", "pymongo"):
+                raise
+            raise ImportError(
+                "MongoLightningStore needs pymongo: pip install 'agent-lightning-grpc[mongo]'", name="pymongo"
+            ) from error
+        settings = MongoSettings(mongo_uri, database_name, partition_id, timeout_seconds, retain_seconds)
+        super().__init__(MongoPersistence(settings), clock=clock, validate_resources=validate_resources)
