@@ -147,8 +147,6 @@ async def run(server: Server, kills: int, clients: int, told: Acknowledged) -> N
 
 async def fill(path: Path, rollouts: int, spans: int) -> None:
     """Store so many finished rollouts, and so many spans spread over them."""
-    if not rollouts:
-        return
     store = SQLiteLightningStore(path, durability="normal")
     requests = [EnqueueRolloutRequest(input={"text": "x" * 200}) for _ in range(BATCH)]
     for start in range(0, rollouts, BATCH):
@@ -157,7 +155,6 @@ async def fill(path: Path, rollouts: int, spans: int) -> None:
             key = (rollout.rollout_id, rollout.attempt.attempt_id)
             await store.add_many_spans(make_spans(*key, spans // rollouts))
     await store.close()
-    print(f"filled: {rollouts} rollouts, {spans} spans, {os.path.getsize(path) / 1e6:.0f} MB", flush=True)
 
 
 async def judge(path: Path, told: Acknowledged, filled: int) -> list[str]:
@@ -217,7 +214,11 @@ def main() -> int:
     told = Acknowledged()
     with tempfile.TemporaryDirectory(prefix="prove-sqlite-") as folder:
         path = Path(folder) / "store.db"
-        asyncio.run(fill(path, given.rollouts, given.spans))
+        if given.rollouts:
+            asyncio.run(fill(path, given.rollouts, given.spans))
+            print(
+                f"{given.rollouts} rollouts in {path.stat().st_size / 1e6:.0f} MB to begin with", flush=True
+            )
         asyncio.run(run(Server(path, given.port), given.kills, given.clients, told))
         wrong = asyncio.run(judge(path, told, given.rollouts))
     restarts = sorted(told.restarts_seconds)
