@@ -466,14 +466,16 @@ def _insert_resources(session: Session, record: ResourcesRecord) -> bool:
 def _change_worker(session: Session, worker_id: str, transition: WorkerTransition) -> WorkerRecord:
     connection = session.connection
     row = select(connection, "worker_by_id", worker_id).fetchone()
-    before = WorkerRecord(worker_id) if row is None else rows.read_worker(row)
-    after = transition(before)
-    values = rows.worker_values(after)
     if row is None:
-        insert(connection, "insert_workers", [(None, worker_id, *values)])
+        after = transition(WorkerRecord(worker_id))
+        insert(connection, "insert_workers", [(None, worker_id, *rows.worker_values(after))])
         session.counters.add("workers")
-    elif after is not before:
-        update(
-            connection, "worker", rows.WORKER_COLUMNS, rows.worker_values(before), values, {"ordinal": row[0]}
-        )
+        return after
+    before = rows.read_worker(row)
+    after = transition(before)
+    if after is not before:
+        ordinal, _, *stored = row
+        leases = stored[-1] if after.leases is before.leases else None
+        values = rows.worker_values(after, leases)
+        update(connection, "worker", rows.WORKER_COLUMNS, stored, values, {"ordinal": ordinal})
     return after

@@ -209,9 +209,10 @@ def read_worker(row: Sequence[Any]) -> WorkerRecord:
     return WorkerRecord(worker_id, stats, heartbeat, dequeue, busy, idle, silent_after, held)
 
 
-def worker_values(record: WorkerRecord) -> tuple[Any, ...]:
-    """What stands in `WORKER_COLUMNS`."""
-    leases = [[lease.rollout_id, lease.attempt_id, lease.instance_id] for lease in record.leases]
+def worker_values(record: WorkerRecord, leases: str | None = None) -> tuple[Any, ...]:
+    """What stands in `WORKER_COLUMNS`; `leases` is what stands in the last of them, if that is known."""
+    if leases is None:
+        leases = _dump([[lease.rollout_id, lease.attempt_id, lease.instance_id] for lease in record.leases])
     return (
         record.heartbeat_stats,
         record.last_heartbeat_time,
@@ -219,5 +220,5 @@ def worker_values(record: WorkerRecord) -> tuple[Any, ...]:
         record.last_busy_time,
         record.last_idle_time,
         record.silent_after_seconds,
-        _dump(leases),
+        leases,
     )
