@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 import psutil
 import pytest
 
+pytest_plugins = ["pytester"]
+
 ReportT = TypeVar("ReportT", pytest.TestReport, pytest.CollectReport)
 
 IN_CI = os.environ.get("CI", "").lower() in ("1", "true")

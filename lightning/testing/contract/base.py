@@ -101,6 +101,13 @@ async def everything(store: LightningStore) -> dict[str, Any]:
     }
 
 
+async def until_idle(store: LightningStore) -> None:
+    """Let every task that can run do so, and a few calls through, so that a waiter waits."""
+    for _ in range(5):
+        await store.statistics()
+        await asyncio.sleep(0)
+
+
 # --- Checking what it does -------------------------------------------------------------------------------------
 
 

@@ -9,8 +9,7 @@ import pytest
 
 from lightning.store.contract import LightningStore
 from lightning.testing.clock import FakeClock
-from lightning.testing.contract.base import ClockedTheme, claim, drain, read, statuses
-from lightning.testing.contract.waiting import until_idle
+from lightning.testing.contract.base import ClockedTheme, claim, drain, read, statuses, until_idle
 from lightning.testing.contract.workers import held, worker_of
 from lightning.testing.records import make_span
 from lightning.types import AttemptedRollout, PromptTemplate, RolloutConfig
@@ -285,12 +284,14 @@ class DeadlineContract(ClockedTheme):
     async def test_a_timed_out_attempt_is_not_revived(self, store: LightningStore, clock: FakeClock) -> None:
         started = await store.start_rollout("task", config=RETRY_TIMEOUT)
         clock.advance(LIMIT_SECONDS + A_BIT_SECONDS)
+        closed = await store.get_latest_attempt(started.rollout_id)
+        assert closed is not None
+        clock.advance(A_BIT_SECONDS)
         stored = await store.add_span(make_span(started))
         assert await statuses(store, started.rollout_id) == ("requeuing", "timeout")
         assert list(await store.query_spans(started.rollout_id)) == [stored]
-        attempt = await store.get_latest_attempt(started.rollout_id)
-        assert attempt is not None
-        assert attempt.last_heartbeat_time == clock.now()
+        late = closed.model_copy(update={"last_heartbeat_time": clock.now()})
+        assert await store.get_latest_attempt(started.rollout_id) == late
 
     async def test_a_rollout_ended_by_hand_is_not_revived(
         self, store: LightningStore, clock: FakeClock

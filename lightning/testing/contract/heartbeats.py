@@ -6,7 +6,7 @@ import asyncio
 
 from lightning.store.contract import LightningStore
 from lightning.testing.clock import FakeClock
-from lightning.testing.contract.base import ClockedTheme, claim, read, statuses
+from lightning.testing.contract.base import ClockedTheme, claim, read, statuses, until_idle
 from lightning.testing.contract.deadlines import (
     A_BIT_SECONDS,
     LIMIT_SECONDS,
@@ -15,7 +15,6 @@ from lightning.testing.contract.deadlines import (
     UNRESPONSIVE,
     gone_silent,
 )
-from lightning.testing.contract.waiting import until_idle
 from lightning.testing.contract.workers import worker_of
 from lightning.types import (
     AttemptedRollout,

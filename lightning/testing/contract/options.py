@@ -78,14 +78,17 @@ class EvictionContract(StoreTheme):
         assert after["evicted_spans"] == 0
 
     async def test_the_first_to_finish_are_evicted(self, store: LightningStore) -> None:
-        rollouts = [await self._rollout(store) for _ in range(6)]
-        for index in (3, 1, 5, 0, 2, 4):
-            await store.update_attempt(rollouts[index].rollout_id, "latest", status="succeeded")
-        order = [rollouts[index] for index in (3, 1, 5, 0, 2, 4)]
+        rollouts = [await self._rollout(store)]
+        while (await store.statistics())["total_span_bytes"] < 0.8 * self.eviction_threshold_bytes:
+            rollouts.append(await self._rollout(store))
+        order = [*rollouts[1::2], *rollouts[::2]]
+        for rollout in order:
+            await store.update_attempt(rollout.rollout_id, "latest", status="succeeded")
         while not any(await self._evicted(store, order)):
             await self._rollout(store)
         evicted = await self._evicted(store, order)
         assert evicted == sorted(evicted, reverse=True), "those that finished earlier go first"
+        assert not all(evicted), "and no more of them than need be"
         statistics = await store.statistics()
         number = sum(evicted) * self._SPANS_PER_ROLLOUT
         assert statistics["evicted_spans"] == number

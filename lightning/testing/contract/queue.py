@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from lightning.store.contract import LightningStore
-from lightning.testing.contract.base import StoreTheme, claim, drain, read, refused, statuses
+from lightning.testing.contract.base import StoreTheme, claim, drain, read, refused, statuses, until_idle
 from lightning.types import AttemptedRollout, EnqueueRolloutRequest, RolloutConfig
 
 RETRY_TWICE = RolloutConfig(max_attempts=3, retry_condition=["failed"])
@@ -187,6 +187,7 @@ class QueueContract(StoreTheme):
         waiters = [
             asyncio.ensure_future(store.claim_rollouts(worker_id=f"w-{number}")) for number in range(4)
         ]
+        await until_idle(store)
         ids = await enqueue(store, 2)
         ids += [
             rollout.rollout_id for rollout in await store.enqueue_many_rollouts([_request(0), _request(1)])
@@ -199,13 +200,14 @@ class QueueContract(StoreTheme):
         (rollout_id,) = await enqueue(store, 1, config=RETRY_TWICE)
         await claim(store)
         waiter = asyncio.ensure_future(store.claim_rollouts(worker_id="w-1"))
+        await until_idle(store)
         await store.update_attempt(rollout_id, "latest", status="failed")
         (claimed,) = await self.soon(waiter)
         assert (claimed.rollout_id, claimed.attempt.sequence_id) == (rollout_id, 2)
 
     async def test_a_cancelled_wait_takes_no_work_with_it(self, store: LightningStore) -> None:
         waiters = [asyncio.ensure_future(store.claim_rollouts()) for _ in range(3)]
-        await asyncio.sleep(0)
+        await until_idle(store)
         for waiter in waiters[:2]:
             waiter.cancel()
         await asyncio.gather(*waiters[:2], return_exceptions=True)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lightning.store.contract import LightningStore
-from lightning.testing.contract.base import UNKNOWN_ROLLOUT, StoreTheme, read, refused
+from lightning.testing.contract.base import UNKNOWN_ROLLOUT, StoreTheme, read, refused, until_idle
 from lightning.testing.records import make_span
 
 WAITERS = 500
@@ -47,6 +47,7 @@ class WaitingContract(StoreTheme):
     async def test_it_waits_for_the_last(self, store: LightningStore) -> None:
         ids = [(await store.start_rollout("task")).rollout_id for _ in range(3)]
         waiter = asyncio.ensure_future(store.wait_for_rollouts(rollout_ids=ids))
+        await until_idle(store)
         await store.update_attempt(ids[1], "latest", status="succeeded")
         await store.update_attempt(ids[0], "latest", status="failed")
         await store.add_span(make_span((await store.query_attempts(ids[2]))[0]))
@@ -79,6 +80,7 @@ class WaitingContract(StoreTheme):
             asyncio.ensure_future(store.wait_for_rollouts(rollout_ids=[first, second] if n % 2 else [second]))
             for n in range(WAITERS)
         ]
+        await until_idle(store)
         for rollout_id in (first, second):
             await store.update_attempt(rollout_id, "latest", status="succeeded")
         found = await self.soon(asyncio.gather(*waiters))
@@ -111,10 +113,3 @@ class WaitingContract(StoreTheme):
         started = await store.start_rollout("task")
         with refused(ValueError, "timeout"):
             await self.soon(store.wait_for_rollouts(rollout_ids=[started.rollout_id], timeout=timeout))
-
-
-async def until_idle(store: LightningStore) -> None:
-    """Let every task that can run do so, and a few calls through, so that a waiter waits."""
-    for _ in range(5):
-        await store.statistics()
-        await asyncio.sleep(0)
