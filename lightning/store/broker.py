@@ -144,7 +144,8 @@ class Subscription:
             BrokerClosed: The broker was closed.
         """
         clock = self._broker.clock
-        if not self.fired and not self._broker.closed:
+        # A wake-up may be left over from a topic that was taken already: only time itself ends the wait without one.
+        while not self.fired and not self._broker.closed and (until is None or clock.now() < until):
             self._future = self._loop.create_future()
             cancel = None if until is None else clock.call_at(until, self._wake)
             try:

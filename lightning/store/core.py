@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Coroutine, Iterable
+from typing import Any, TypeVar
 
 from lightning.store import lifecycle
 from lightning.store.arguments import (
@@ -25,6 +27,8 @@ from lightning.types import (
     LightningStoreCapabilities,
     ResourcesChanged,
 )
+
+T = TypeVar("T")
 
 QUEUE = "queue"
 """The topic of rollouts that entered the queue; that of a finished one is `("finished", rollout_id)`."""
@@ -49,11 +53,13 @@ class EngineCore(LightningStore):
         self._clock = clock or SystemClock()
         self._broker = EventBroker(self._clock)
         self._commands = WorkerMailboxes(self._broker)
-        self._watchdog = Watchdog(self._broker, self._expire)
+        self._watchdog = Watchdog(self._broker, lambda: self._complete(self._expire()))
         self._outside = OutsideWorld(persistence, self._broker, self._watchdog, self._hear)
         self._validate_resources = validate_resources
         self._opened_at = time.monotonic()
         self._opened = False
+        self._steps: set[asyncio.Future[Any]] = set()
+        """What is being finished, kept from the garbage collector."""
 
     @property
     def _mailboxes(self) -> WorkerMailboxes:
@@ -70,6 +76,8 @@ class EngineCore(LightningStore):
             return
         self._broker.close()
         await self._watchdog.close()
+        here = [step for step in self._steps if step.get_loop() is asyncio.get_running_loop()]
+        await asyncio.gather(*here, return_exceptions=True)
         await self._outside.close()
         if self._opened:
             await self._persistence.close()
@@ -122,11 +130,26 @@ class EngineCore(LightningStore):
                 return record  # the caller lost the reply and asks again
             return mark_applied(transition(record), digest)
 
-        change = await self._persistence.change_rollout(rollout_id, once)
-        if change is None:
-            raise unknown_rollout(rollout_id)
-        await self._tell(change.before, change.after, now, interrupt=interrupt)
-        return change
+        async def change_and_tell() -> RolloutChange:
+            change = await self._persistence.change_rollout(rollout_id, once)
+            if change is None:
+                raise unknown_rollout(rollout_id)
+            await self._tell(change.before, change.after, now, interrupt=interrupt)
+            return change
+
+        return await self._complete(change_and_tell())
+
+    async def _complete(self, step: Coroutine[Any, Any, T]) -> T:
+        """Take a step to its end even if the caller goes away: a change that nobody is told of is waited for for ever.
+
+        The caller is let go at once; what its verb had begun is finished without it.
+        """
+        if self._persistence.instant:
+            return await step
+        task = asyncio.ensure_future(step)
+        self._steps.add(task)
+        task.add_done_callback(self._steps.discard)
+        return await asyncio.shield(task)
 
     async def _tell_all(
         self, pairs: Iterable[tuple[RolloutRecord | None, RolloutRecord]], now: float

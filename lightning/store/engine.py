@@ -27,6 +27,7 @@ from lightning.store.arguments import (
 )
 from lightning.store.core import QUEUE
 from lightning.store.idempotency import applied_value, current_request, id_source, mark_applied, new_ids
+from lightning.store.persistence.abc import RolloutChange
 from lightning.store.queries import (
     check_wait,
 )
@@ -98,8 +99,7 @@ class StoreEngine(ReadingVerbs):
         )
         (record,) = await self._new_rollouts([request], now)
         record = lifecycle.begin_attempt(record, new_ids("at", 1)[0], worker_id, None, now)
-        (record,) = await self._persistence.insert_rollouts([record])
-        await self._tell_all([(None, record)], now)
+        (record,) = await self._complete(self._insert([record], now))
         return record.to_attempted_rollout(record.attempts[0])
 
     async def enqueue_rollout(
@@ -117,9 +117,13 @@ class StoreEngine(ReadingVerbs):
 
     async def enqueue_many_rollouts(self, rollouts: Sequence[EnqueueRolloutRequest]) -> Sequence[Rollout]:
         now = await self._enter()
-        records = await self._persistence.insert_rollouts(await self._new_rollouts(rollouts, now))
-        await self._tell_all([(None, record) for record in records], now)
+        records = await self._complete(self._insert(await self._new_rollouts(rollouts, now), now))
         return [record.to_rollout() for record in records]
+
+    async def _insert(self, records: Sequence[RolloutRecord], now: float) -> Sequence[RolloutRecord]:
+        stored = await self._persistence.insert_rollouts(records)
+        await self._tell_all([(None, record) for record in stored], now)
+        return stored
 
     async def dequeue_rollout(self, worker_id: str | None = None) -> AttemptedRollout | None:
         claimed = await self.dequeue_many_rollouts(limit=1, worker_id=worker_id)
@@ -174,12 +178,16 @@ class StoreEngine(ReadingVerbs):
         def begin(record: RolloutRecord, taken: int) -> RolloutRecord:
             return lifecycle.begin_attempt(record, attempt_id(taken), worker_id, instance_id, now)
 
-        changes = await self._persistence.claim_rollouts(limit, begin)
-        if worker_id is not None:
-            await self._persistence.change_worker(
-                worker_id, lambda worker: replace(worker, last_dequeue_time=now)
-            )
-        await self._tell_all([(change.before, change.after) for change in changes], now)
+        async def claim_and_tell() -> list[RolloutChange]:
+            changes = await self._persistence.claim_rollouts(limit, begin)
+            if worker_id is not None:
+                await self._persistence.change_worker(
+                    worker_id, lambda worker: replace(worker, last_dequeue_time=now)
+                )
+            await self._tell_all([(change.before, change.after) for change in changes], now)
+            return changes
+
+        changes = await self._complete(claim_and_tell())
         return [change.after.to_attempted_rollout(change.after.attempts[-1]) for change in changes]
 
     async def _claimed_before(
@@ -270,7 +278,9 @@ class StoreEngine(ReadingVerbs):
         await self._check_attempts_exist(groups)
         receipts: dict[int, SpanReceipt] = {}
         for (rollout_id, attempt_id), indexes in groups.items():
-            given = await self._append_spans(rollout_id, attempt_id, [records[i] for i in indexes], now)
+            given = await self._complete(
+                self._append_spans(rollout_id, attempt_id, [records[i] for i in indexes], now)
+            )
             receipts.update(zip(indexes, given, strict=True))
         return [receipts[index] for index in range(len(records))]
 

@@ -114,6 +114,8 @@ class Persistence(ABC):
     """For people: `memory`, `sqlite`, …"""
     durable: bool
     """Whether what was written survives the process."""
+    instant: bool = False
+    """Whether its methods never suspend, so that a caller cannot go away in the middle."""
     shared: bool = False
     """Whether other servers may work on the same records; then the engine calls `watch`."""
 

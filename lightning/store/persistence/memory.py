@@ -70,6 +70,7 @@ class MemoryPersistence(Persistence):
 
     name = "memory"
     durable = False
+    instant = True
 
     def __init__(
         self, *, eviction_threshold_bytes: int, safe_threshold_bytes: int, capacity_bytes: int

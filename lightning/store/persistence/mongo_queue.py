@@ -66,7 +66,9 @@ class MongoQueue:
                 if not heads:
                     break
                 for taken, head in enumerate(heads, start=len(changes)):
-                    transition(head.record, taken)  # if it refuses one, it is to do so before anything is changed
+                    transition(
+                        head.record, taken
+                    )  # if it refuses one, it is to do so before anything is changed
                 for head in heads:
                     change = await self._take(head, transition, len(changes))
                     if change is not None:
