@@ -135,8 +135,8 @@ class Connection:
                 return await attempt()
             except AioRpcError as error:
                 return await self._retry(attempt, error)
-        except asyncio.CancelledError:
-            if self._closed:
+        except (asyncio.CancelledError, grpc.aio.UsageError):
+            if self._closed:  # which ends calls in flight by the one, and fails new ones by the other
                 raise self.closed_error() from None
             raise
 
