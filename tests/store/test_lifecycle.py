@@ -53,7 +53,7 @@ def rollout(status: Any, *attempts: AttemptRecord, config: RolloutConfig | None 
 
 
 def every_case() -> Iterator[tuple[RolloutRecord, str, bool]]:
-    """Every status of a rollout with two attempts and of either attempt; which attempt it is, and if it is the latest."""
+    """Every status of a rollout with two attempts and of either; which attempt it is, and if it is the latest."""
     for of_rollout, of_attempt, config in product(ROLLOUT_STATUSES, ATTEMPT_STATUSES, CONFIGS.values()):
         other = attempt(1, "failed")
         yield rollout(of_rollout, other, attempt(2, of_attempt), config=config), "at-2", True
