@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from os import getpid, urandom
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -15,15 +15,14 @@ from lightningpb.v1 import store_service_pb2 as pb
 
 from lightning import codec
 from lightning.codec.building import build, encode_object
-from lightning.codec.results import result_from_proto
 from lightning.rpc import loop
 from lightning.rpc.address import parse_endpoint
 from lightning.rpc.connection import Connection
 from lightning.rpc.options import ClientOptions
+from lightning.rpc.reads import RemoteReads
 from lightning.rpc.relay import RelayedConnection
-from lightning.store.arguments import ROLLOUT_STATUSES, WORKER_STATUSES, check_count
-from lightning.store.contract import FilterLogic, LightningStore, SortOrder
-from lightning.store.queries import check_members, check_wait
+from lightning.store.arguments import check_count
+from lightning.store.queries import check_wait
 from lightning.types import (
     UNSET,
     Attempt,
@@ -32,9 +31,7 @@ from lightning.types import (
     EnqueueRolloutRequest,
     HeartbeatReply,
     LightningStoreCapabilities,
-    LightningStoreStatistics,
     NamedResources,
-    PaginatedResult,
     ResourcesUpdate,
     Rollout,
     RolloutConfig,
@@ -45,7 +42,6 @@ from lightning.types import (
     Worker,
     WorkerCommand,
     WorkerHeartbeat,
-    WorkerStatus,
     encode_payload,
 )
 
@@ -61,7 +57,7 @@ _MAX_BATCH_BYTES = 16 * 1024 * 1024
 _READY_TIMEOUT_SECONDS = 60.0
 
 
-class LightningStoreClient(LightningStore):
+class LightningStoreClient(RemoteReads):
     """A store that is served elsewhere.
 
     May be used from any thread and event loop. Pickled, it takes only its address and options along. It connects when
@@ -146,8 +142,10 @@ class LightningStoreClient(LightningStore):
         return connection
 
     async def _call(self, method: str, request: Message, wait: float = 0.0) -> Any:
-        """Call a method that answers after `wait` seconds at the latest."""
         return await self._connect().unary(method, request, self._options.request_timeout + wait)
+
+    async def _collect(self, method: str, request: Message) -> list[Any]:
+        return await self._connect().collect(method, request)
 
     # --- About the store ---------------------------------------------------------------------------------------
 
@@ -155,9 +153,6 @@ class LightningStoreClient(LightningStore):
     def capabilities(self) -> LightningStoreCapabilities:
         """What this client can do, whatever the store behind the server: it answers without asking."""
         return {"thread_safe": True, "async_safe": True, "zero_copy": False, "otlp_traces": False}
-
-    async def statistics(self) -> LightningStoreStatistics:
-        return codec.statistics_from_proto(await self._call("GetStatistics", pb.GetStatisticsRequest()))
 
     # --- Handing out work --------------------------------------------------------------------------------------
 
@@ -273,165 +268,6 @@ class LightningStoreClient(LightningStore):
         ]
         request = pb.AllocateSpanSequenceIdsRequest(request_id=_new_id(), attempts=attempts)
         return list((await self._call("AllocateSpanSequenceIds", request)).sequence_ids)
-
-    # --- Looking things up -------------------------------------------------------------------------------------
-
-    async def query_rollouts(
-        self,
-        *,
-        status_in: Sequence[RolloutStatus] | None = None,
-        rollout_id_in: Sequence[str] | None = None,
-        rollout_id_contains: str | None = None,
-        filter_logic: FilterLogic = "and",
-        sort_by: str | None = None,
-        sort_order: SortOrder = "asc",
-        limit: int = -1,
-        offset: int = 0,
-        status: Sequence[RolloutStatus] | None = None,
-        rollout_ids: Sequence[str] | None = None,
-    ) -> PaginatedResult[Rollout]:
-        statuses = check_members(status if status_in is None else status_in, ROLLOUT_STATUSES, "status_in")
-        ids = rollout_ids if rollout_id_in is None else rollout_id_in
-        if isinstance(ids, str):
-            raise ValueError(f"rollout_id_in must be a list, not the string {ids!r}")
-        request = build(
-            pb.QueryRolloutsRequest,
-            status_in=None
-            if statuses is None
-            else pb.RolloutStatusList(
-                values=[codec.ROLLOUT_STATUS.to_number(status, "status_in") for status in statuses]
-            ),
-            rollout_id_in=None if ids is None else build(pb.StringList, values=list(ids)),
-            rollout_id_contains=rollout_id_contains,
-            filter_logic=codec.FILTER_LOGIC.to_number(filter_logic, "filter_logic"),
-            page=codec.page_to_proto(limit=limit, offset=offset, sort_by=sort_by, sort_order=sort_order),
-        )
-        return await self._query("QueryRollouts", request, "rollouts", codec.rollout_from_proto)
-
-    async def query_attempts(
-        self,
-        rollout_id: str,
-        *,
-        sort_by: str | None = "sequence_id",
-        sort_order: SortOrder = "asc",
-        limit: int = -1,
-        offset: int = 0,
-    ) -> PaginatedResult[Attempt]:
-        request = build(
-            pb.QueryAttemptsRequest,
-            rollout_id=rollout_id,
-            page=codec.page_to_proto(limit=limit, offset=offset, sort_by=sort_by, sort_order=sort_order),
-        )
-        return await self._query("QueryAttempts", request, "attempts", codec.attempt_from_proto)
-
-    async def query_spans(
-        self,
-        rollout_id: str,
-        attempt_id: str | None = None,
-        *,
-        trace_id: str | None = None,
-        trace_id_contains: str | None = None,
-        span_id: str | None = None,
-        span_id_contains: str | None = None,
-        parent_id: str | None = None,
-        parent_id_contains: str | None = None,
-        name: str | None = None,
-        name_contains: str | None = None,
-        filter_logic: FilterLogic = "and",
-        limit: int = -1,
-        offset: int = 0,
-        sort_by: str | None = "sequence_id",
-        sort_order: SortOrder = "asc",
-    ) -> PaginatedResult[Span]:
-        request = build(
-            pb.QuerySpansRequest,
-            rollout_id=rollout_id,
-            attempt_id=attempt_id,
-            trace_id=trace_id,
-            trace_id_contains=trace_id_contains,
-            span_id=span_id,
-            span_id_contains=span_id_contains,
-            parent_id=parent_id,
-            parent_id_contains=parent_id_contains,
-            name=name,
-            name_contains=name_contains,
-            filter_logic=codec.FILTER_LOGIC.to_number(filter_logic, "filter_logic"),
-            page=codec.page_to_proto(limit=limit, offset=offset, sort_by=sort_by, sort_order=sort_order),
-        )
-        return await self._query("QuerySpans", request, "spans", codec.span_from_proto)
-
-    async def query_resources(
-        self,
-        *,
-        resources_id: str | None = None,
-        resources_id_contains: str | None = None,
-        sort_by: str | None = None,
-        sort_order: SortOrder = "asc",
-        limit: int = -1,
-        offset: int = 0,
-    ) -> PaginatedResult[ResourcesUpdate]:
-        request = build(
-            pb.QueryResourcesRequest,
-            resources_id=resources_id,
-            resources_id_contains=resources_id_contains,
-            page=codec.page_to_proto(limit=limit, offset=offset, sort_by=sort_by, sort_order=sort_order),
-        )
-        return await self._query("QueryResources", request, "updates", codec.update_from_proto)
-
-    async def query_workers(
-        self,
-        *,
-        status_in: Sequence[WorkerStatus] | None = None,
-        worker_id_contains: str | None = None,
-        filter_logic: FilterLogic = "and",
-        sort_by: str | None = None,
-        sort_order: SortOrder = "asc",
-        limit: int = -1,
-        offset: int = 0,
-    ) -> PaginatedResult[Worker]:
-        statuses = check_members(status_in, WORKER_STATUSES, "status_in")
-        request = build(
-            pb.QueryWorkersRequest,
-            status_in=None
-            if statuses is None
-            else pb.WorkerStatusList(
-                values=[codec.WORKER_STATUS.to_number(status, "status_in") for status in statuses]
-            ),
-            worker_id_contains=worker_id_contains,
-            filter_logic=codec.FILTER_LOGIC.to_number(filter_logic, "filter_logic"),
-            page=codec.page_to_proto(limit=limit, offset=offset, sort_by=sort_by, sort_order=sort_order),
-        )
-        return await self._query("QueryWorkers", request, "workers", codec.worker_from_proto)
-
-    async def _query(
-        self, method: str, request: Message, field: str, decode: Callable[[Any], T]
-    ) -> PaginatedResult[T]:
-        messages = await self._connect().collect(method, request)
-        items = [decode(item) for message in messages for item in getattr(message, field)]
-        return result_from_proto(messages[0].page_info, items)
-
-    async def get_rollout_by_id(self, rollout_id: str) -> Rollout | None:
-        response = await self._call("GetRollout", build(pb.GetRolloutRequest, rollout_id=rollout_id))
-        return codec.rollout_from_proto(response.rollout) if response.HasField("rollout") else None
-
-    async def get_latest_attempt(self, rollout_id: str) -> Attempt | None:
-        response = await self._call(
-            "GetLatestAttempt", build(pb.GetLatestAttemptRequest, rollout_id=rollout_id)
-        )
-        return codec.attempt_from_proto(response.attempt) if response.HasField("attempt") else None
-
-    async def get_resources_by_id(
-        self, resources_id: str, version: int | None = None
-    ) -> ResourcesUpdate | None:
-        request = build(pb.GetResourcesRequest, resources_id=resources_id, version=version)
-        return _update(await self._call("GetResources", request))
-
-    async def get_latest_resources(self) -> ResourcesUpdate | None:
-        return _update(await self._call("GetLatestResources", pb.GetLatestResourcesRequest()))
-
-    async def get_worker_by_id(self, worker_id: str) -> Worker | None:
-        response = await self._call("GetWorker", build(pb.GetWorkerRequest, worker_id=worker_id))
-        return codec.worker_from_proto(response.worker) if response.HasField("worker") else None
 
     async def wait_for_rollouts(
         self, *, rollout_ids: Sequence[str], timeout: float | None = None
@@ -567,10 +403,6 @@ def _spec(
 
 def _claimed(response: pb.DequeueRolloutsResponse) -> list[AttemptedRollout]:
     return [codec.attempted_rollout_from_proto(rollout) for rollout in response.rollouts]
-
-
-def _update(response: Any) -> ResourcesUpdate | None:
-    return codec.update_from_proto(response.update) if response.HasField("update") else None
 
 
 def _slices(timeout: float | None) -> Iterator[tuple[float, bool]]:

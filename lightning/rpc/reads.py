@@ -1,0 +1,205 @@
+"""The client's verbs that only look: queries and look-ups."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from google.protobuf.message import Message
+from lightningpb.v1 import store_service_pb2 as pb
+
+from lightning import codec
+from lightning.codec.building import build
+from lightning.store.arguments import ROLLOUT_STATUSES, WORKER_STATUSES
+from lightning.store.contract import FilterLogic, LightningStore, SortOrder
+from lightning.store.queries import check_members
+from lightning.types import (
+    Attempt,
+    LightningStoreStatistics,
+    PaginatedResult,
+    ResourcesUpdate,
+    Rollout,
+    RolloutStatus,
+    Span,
+    Worker,
+    WorkerStatus,
+)
+
+T = TypeVar("T")
+
+
+class RemoteReads(LightningStore):
+    """Reads, made of the two calls that a client has to define."""
+
+    @abstractmethod
+    async def _call(self, method: str, request: Message, wait: float = 0.0) -> Any:
+        """Call a method that answers after `wait` seconds at the latest."""
+
+    @abstractmethod
+    async def _collect(self, method: str, request: Message) -> list[Any]:
+        """Call a method that answers with a stream of messages, and return all of them."""
+
+    async def statistics(self) -> LightningStoreStatistics:
+        return codec.statistics_from_proto(await self._call("GetStatistics", pb.GetStatisticsRequest()))
+
+    async def query_rollouts(
+        self,
+        *,
+        status_in: Sequence[RolloutStatus] | None = None,
+        rollout_id_in: Sequence[str] | None = None,
+        rollout_id_contains: str | None = None,
+        filter_logic: FilterLogic = "and",
+        sort_by: str | None = None,
+        sort_order: SortOrder = "asc",
+        limit: int = -1,
+        offset: int = 0,
+        status: Sequence[RolloutStatus] | None = None,
+        rollout_ids: Sequence[str] | None = None,
+    ) -> PaginatedResult[Rollout]:
+        statuses = check_members(status if status_in is None else status_in, ROLLOUT_STATUSES, "status_in")
+        ids = rollout_ids if rollout_id_in is None else rollout_id_in
+        if isinstance(ids, str):
+            raise ValueError(f"rollout_id_in must be a list, not the string {ids!r}")
+        request = build(
+            pb.QueryRolloutsRequest,
+            status_in=None
+            if statuses is None
+            else pb.RolloutStatusList(
+                values=[codec.ROLLOUT_STATUS.to_number(status, "status_in") for status in statuses]
+            ),
+            rollout_id_in=None if ids is None else build(pb.StringList, values=list(ids)),
+            rollout_id_contains=rollout_id_contains,
+            filter_logic=codec.FILTER_LOGIC.to_number(filter_logic, "filter_logic"),
+            page=codec.page_to_proto(limit=limit, offset=offset, sort_by=sort_by, sort_order=sort_order),
+        )
+        return await self._query("QueryRollouts", request, "rollouts", codec.rollout_from_proto)
+
+    async def query_attempts(
+        self,
+        rollout_id: str,
+        *,
+        sort_by: str | None = "sequence_id",
+        sort_order: SortOrder = "asc",
+        limit: int = -1,
+        offset: int = 0,
+    ) -> PaginatedResult[Attempt]:
+        request = build(
+            pb.QueryAttemptsRequest,
+            rollout_id=rollout_id,
+            page=codec.page_to_proto(limit=limit, offset=offset, sort_by=sort_by, sort_order=sort_order),
+        )
+        return await self._query("QueryAttempts", request, "attempts", codec.attempt_from_proto)
+
+    async def query_spans(
+        self,
+        rollout_id: str,
+        attempt_id: str | None = None,
+        *,
+        trace_id: str | None = None,
+        trace_id_contains: str | None = None,
+        span_id: str | None = None,
+        span_id_contains: str | None = None,
+        parent_id: str | None = None,
+        parent_id_contains: str | None = None,
+        name: str | None = None,
+        name_contains: str | None = None,
+        filter_logic: FilterLogic = "and",
+        limit: int = -1,
+        offset: int = 0,
+        sort_by: str | None = "sequence_id",
+        sort_order: SortOrder = "asc",
+    ) -> PaginatedResult[Span]:
+        request = build(
+            pb.QuerySpansRequest,
+            rollout_id=rollout_id,
+            attempt_id=attempt_id,
+            trace_id=trace_id,
+            trace_id_contains=trace_id_contains,
+            span_id=span_id,
+            span_id_contains=span_id_contains,
+            parent_id=parent_id,
+            parent_id_contains=parent_id_contains,
+            name=name,
+            name_contains=name_contains,
+            filter_logic=codec.FILTER_LOGIC.to_number(filter_logic, "filter_logic"),
+            page=codec.page_to_proto(limit=limit, offset=offset, sort_by=sort_by, sort_order=sort_order),
+        )
+        return await self._query("QuerySpans", request, "spans", codec.span_from_proto)
+
+    async def query_resources(
+        self,
+        *,
+        resources_id: str | None = None,
+        resources_id_contains: str | None = None,
+        sort_by: str | None = None,
+        sort_order: SortOrder = "asc",
+        limit: int = -1,
+        offset: int = 0,
+    ) -> PaginatedResult[ResourcesUpdate]:
+        request = build(
+            pb.QueryResourcesRequest,
+            resources_id=resources_id,
+            resources_id_contains=resources_id_contains,
+            page=codec.page_to_proto(limit=limit, offset=offset, sort_by=sort_by, sort_order=sort_order),
+        )
+        return await self._query("QueryResources", request, "updates", codec.update_from_proto)
+
+    async def query_workers(
+        self,
+        *,
+        status_in: Sequence[WorkerStatus] | None = None,
+        worker_id_contains: str | None = None,
+        filter_logic: FilterLogic = "and",
+        sort_by: str | None = None,
+        sort_order: SortOrder = "asc",
+        limit: int = -1,
+        offset: int = 0,
+    ) -> PaginatedResult[Worker]:
+        statuses = check_members(status_in, WORKER_STATUSES, "status_in")
+        request = build(
+            pb.QueryWorkersRequest,
+            status_in=None
+            if statuses is None
+            else pb.WorkerStatusList(
+                values=[codec.WORKER_STATUS.to_number(status, "status_in") for status in statuses]
+            ),
+            worker_id_contains=worker_id_contains,
+            filter_logic=codec.FILTER_LOGIC.to_number(filter_logic, "filter_logic"),
+            page=codec.page_to_proto(limit=limit, offset=offset, sort_by=sort_by, sort_order=sort_order),
+        )
+        return await self._query("QueryWorkers", request, "workers", codec.worker_from_proto)
+
+    async def _query(
+        self, method: str, request: Message, field: str, decode: Callable[[Any], T]
+    ) -> PaginatedResult[T]:
+        messages = await self._collect(method, request)
+        items = [decode(item) for message in messages for item in getattr(message, field)]
+        return codec.result_from_proto(messages[0].page_info, items)
+
+    async def get_rollout_by_id(self, rollout_id: str) -> Rollout | None:
+        response = await self._call("GetRollout", build(pb.GetRolloutRequest, rollout_id=rollout_id))
+        return codec.rollout_from_proto(response.rollout) if response.HasField("rollout") else None
+
+    async def get_latest_attempt(self, rollout_id: str) -> Attempt | None:
+        response = await self._call(
+            "GetLatestAttempt", build(pb.GetLatestAttemptRequest, rollout_id=rollout_id)
+        )
+        return codec.attempt_from_proto(response.attempt) if response.HasField("attempt") else None
+
+    async def get_resources_by_id(
+        self, resources_id: str, version: int | None = None
+    ) -> ResourcesUpdate | None:
+        request = build(pb.GetResourcesRequest, resources_id=resources_id, version=version)
+        return _update(await self._call("GetResources", request))
+
+    async def get_latest_resources(self) -> ResourcesUpdate | None:
+        return _update(await self._call("GetLatestResources", pb.GetLatestResourcesRequest()))
+
+    async def get_worker_by_id(self, worker_id: str) -> Worker | None:
+        response = await self._call("GetWorker", build(pb.GetWorkerRequest, worker_id=worker_id))
+        return codec.worker_from_proto(response.worker) if response.HasField("worker") else None
+
+
+def _update(response: Any) -> ResourcesUpdate | None:
+    return codec.update_from_proto(response.update) if response.HasField("update") else None
