@@ -9,6 +9,7 @@ import os
 import pickle
 import queue
 import signal
+import subprocess
 import sys
 import threading
 import traceback
@@ -123,9 +124,13 @@ def perish() -> NoReturn:
     os._exit(1)
 
 
-def _die_with_parent(parent_pid: int) -> None:
-    """Where the kernel can, have it kill this process when the parent dies, even if a call that never returns holds
-    the interpreter; elsewhere the closed channel has to do."""
+def _die_with_parent(lifeline: int, parent_pid: int) -> None:
+    """See to it that nothing of this process is left when the parent is, even if a call that never returns holds the
+    interpreter: a shell in this process's group waits for the lifeline to close, and then kills the group. Where the
+    kernel can, it kills this process too, and does not depend on who else may have inherited the lifeline."""
+    with contextlib.suppress(FileNotFoundError):  # no shell, as in the smallest containers
+        subprocess.Popen(["/bin/sh", "-c", "read -r _; kill -9 0"], stdin=lifeline)
+    os.close(lifeline)
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent_pid:  # died before we asked
@@ -135,10 +140,16 @@ def _die_with_parent(parent_pid: int) -> None:
 # --- The life of a child ---------------------------------------------------------------------------------------------
 
 
-def main(fd: int, parent_pid: int) -> NoReturn:
-    """Take the task from the channel `fd`, do it, and exit with 0, or with 1 if it failed."""
-    _die_with_parent(parent_pid)
-    link = ParentLink(fd)
+def main(channel: int, lifeline: int, parent_pid: int) -> NoReturn:
+    """Take the task from a channel, do it, and exit with 0, or with 1 if it failed.
+
+    Args:
+        channel: File descriptor of a connection to the parent.
+        lifeline: File descriptor of a pipe to which only the parent holds the other end.
+        parent_pid: The parent's process id.
+    """
+    _die_with_parent(lifeline, parent_pid)
+    link = ParentLink(channel)
     try:
         sys.argv, pickled = pickle.loads(link.take_task())
         entry: Entry = pickle.loads(pickled)

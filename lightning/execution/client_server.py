@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import logging
 import os
 import signal
 import socket
@@ -34,6 +35,8 @@ from lightning.execution.processes import ChildProcess, Payload, stop_children
 from lightning.store.contract import LightningStore
 from lightning.types import Stop
 
+logger = logging.getLogger(__name__)
+
 T = TypeVar("T")
 
 Role = Literal["algorithm", "runner", "both"]
@@ -43,7 +46,9 @@ DEFAULT_PORT = 4747
 _DEFAULT_HOST = "127.0.0.1"
 _VARIABLE_PREFIXES = ("LIGHTNING_", "AGL_")
 _ROLE_VARIABLES = ("LIGHTNING_ROLE", "AGL_CURRENT_ROLE")
-_BUSY_POLL_SECONDS = 0.05
+_FAREWELL_POLL_SECONDS = 0.05
+_FAREWELL_SECONDS = 3.0
+"""How long runners elsewhere may take to report, at the end of a job; some of them may be dead."""
 _ALGORITHM_NAME = "algorithm"
 
 
@@ -286,22 +291,41 @@ class _Execution:
 
     async def _stop_algorithm(self, child: ChildProcess) -> None:
         self.event.set()
+        if self.job.failure.done():
+            child.signal(signal.SIGINT)
         await stop_children(self.job, [child], wait_first=child.loaded.done() and self.host.alive)
 
     async def _dismiss_runners(self) -> None:
-        """Tell the runners elsewhere that it is over, and let them report what they were doing before the server
-        goes."""
-        await self.host.tell_runners(Stop(reason="the algorithm is done"))
-        if self.host.exclusive and self.host.alive:
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._no_runner_busy(), self.settings.graceful_timeout)
+        """Tell the runners elsewhere that it is over, and let them report before the server goes."""
+        if not self.host.alive:
+            return
+        told = asyncio.ensure_future(self._see_runners_off())
+        await self.job.pause(told, min(self.settings.graceful_timeout, _FAREWELL_SECONDS))
+        if not told.done():
+            told.cancel()
+        elif (error := told.exception()) is not None:  # the store is gone, and whoever was there knows it
+            logger.warning("the runners could not be seen off: %s: %s", type(error).__name__, error)
 
-    async def _no_runner_busy(self) -> None:
-        while not self.job.urgent.is_set():
-            busy = await self.host.store.query_workers(status_in=["busy"], limit=0)
-            if not busy.total:
+    async def _see_runners_off(self) -> None:
+        """Tell them, and wait until each has sent the last heartbeat, which is the last thing a runner does."""
+        before = await self._heartbeats()
+        await self.host.tell_runners(Stop(reason="the algorithm is done"))
+        while self.host.exclusive:
+            now = await self._heartbeats()
+            if not any(
+                busy or heard == before.get(name, (0, heard))[1] for name, (busy, heard) in now.items()
+            ):
                 return
-            await asyncio.sleep(_BUSY_POLL_SECONDS)
+            await asyncio.sleep(_FAREWELL_POLL_SECONDS)
+
+    async def _heartbeats(self) -> dict[str, tuple[bool, float]]:
+        """By worker that is thought to be alive: whether it is busy, and when it was last heard."""
+        workers = await self.host.store.query_workers(status_in=["busy", "idle"])
+        return {
+            worker.worker_id: (worker.status == "busy", worker.last_heartbeat_time)
+            for worker in workers
+            if worker.last_heartbeat_time is not None
+        }
 
 
 # --- Settings from the environment -----------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from lightning.types import Drain, Stop
 logger = logging.getLogger(__name__)
 
 _TELL_TIMEOUT_SECONDS = 2.0
-"""How long telling one runner may take."""
+"""How long telling them may take."""
 _LISTEN_SECONDS = 30.0
 """How long one call listens at the store; the next follows at once."""
 
@@ -23,9 +23,10 @@ async def tell_runners(
 ) -> None:
     """Send a command to these workers (None: to all). A store that cannot be reached is only a warning: those of
     this machine learn it in other ways as well."""
+    listeners = [None] if worker_ids is None else worker_ids
+    telling = asyncio.gather(*(store.send_command(command, worker_id) for worker_id in listeners))
     try:
-        for worker_id in [None] if worker_ids is None else worker_ids:
-            await asyncio.wait_for(store.send_command(command, worker_id), _TELL_TIMEOUT_SECONDS)
+        await asyncio.wait_for(telling, _TELL_TIMEOUT_SECONDS)
     except Exception as error:  # noqa: BLE001 - logged; the job goes on
         logger.warning(
             "the runners could not be told to %s: %s: %s", command.kind, type(error).__name__, error

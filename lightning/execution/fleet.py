@@ -102,11 +102,15 @@ class RunnerFleet:
                 child.signal(signal.SIGTERM)
         if not drain:
             self._job.event.set()
-        if self._living and self._store_ready.is_set():
-            command = Drain(reason="the runners are shut down") if drain else Stop(reason="the job is over")
-            await self._host.tell_runners(command, None if self._host.exclusive else self.names)
         useful = self._store_ready.is_set() and self._host.alive
+        command = Drain(reason="the runners are shut down") if drain else Stop(reason="the job is over")
+        names = None if self._host.exclusive else self.names
+        tell = (
+            asyncio.create_task(self._host.tell_runners(command, names)) if useful and self._living else None
+        )
         await stop_children(self._job, list(self._living.values()), wait_first=useful)
+        if tell is not None:
+            tell.cancel()
         if self._keepers:
             await asyncio.wait(self._keepers)
 
@@ -137,13 +141,14 @@ class RunnerFleet:
                 self._job.fail(child.error())
                 return False
             logger.error("%s%s", child.describe_end(), f"\n{child.failed.trace}" if child.failed else "")
-            await self._give_back(name)
+            if child.loaded.done() and self._store_ready.is_set():
+                await self._give_back(name)
             if not await self._may_restart(name, crashes):
                 return self._stopping.is_set()
 
     async def _let_work(self, child: ChildProcess, index: int, *, again: bool) -> None:
         """Send the runner to work when it and the store are ready, unless it dies before."""
-        ready = asyncio.ensure_future(asyncio.gather(asyncio.shield(child.loaded), self._store_ready.wait()))
+        ready = asyncio.create_task(self._ready(child))
         await first_of(ready, child.exited)
         if not ready.done():
             ready.cancel()
@@ -155,6 +160,10 @@ class RunnerFleet:
             child.signal(signal.SIGTERM)
         else:
             child.send((index, self._pickled_store))
+
+    async def _ready(self, child: ChildProcess) -> None:
+        await asyncio.wait({child.loaded})
+        await self._store_ready.wait()
 
     async def _may_restart(self, name: str, crashes: deque[float]) -> bool:
         if self._stopping.is_set():

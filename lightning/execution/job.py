@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import signal
-import threading
+import sys
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
@@ -15,6 +16,9 @@ from lightning.execution.events import ExecutionEvent, MultiprocessingEvent
 from lightning.execution.signals import SignalWatch
 
 logger = logging.getLogger(__name__)
+
+_LAST_CHANCE_SECONDS = 2.0
+"""How long a bundle may unwind after everything else of an interrupted job is gone."""
 
 T = TypeVar("T")
 
@@ -67,8 +71,6 @@ class Job:
         """Set when there is no more time for order: the user asked twice."""
         self.signal: int | None = None
         """The signal that ended the job."""
-        self._signals: list[int] = []
-        self._forced = False
         self._interrupted = False
         self._watch = SignalWatch(self._heed)
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -85,24 +87,20 @@ class Job:
         with self._watch:
             job.run_in_thread("lightning-job")
             self.caller.serve(job)
-        if self._signals:
-            self._watch.resume(self._signals[0])
         if job.error is not None:
             raise job.error
         if self.failure.done() and not isinstance(self.failure.result(), _Interrupted):
             raise self.failure.result()
+        if self._watch.signals:
+            self._watch.resume()
 
-    def _heed(self, number: int) -> None:
+    def _heed(self, own: bool) -> None:
         """In the main thread, between any two instructions."""
-        if not self._forced:
-            self._signals.append(number)
-            loop = self._loop
-            if loop is not None:
-                with contextlib.suppress(RuntimeError):  # the job ends this moment
-                    loop.call_soon_threadsafe(self._note_signals)
-        run = self.caller.current
-        if (self._forced or len(self._signals) > 1) and run is not None and run.interruptible:
-            self._forced = False
+        loop, run = self._loop, self.caller.current
+        if loop is not None:
+            with contextlib.suppress(RuntimeError):  # the job ends this moment
+                loop.call_soon_threadsafe(self._note_signals)
+        if (own or len(self._watch.signals) > 1) and run is not None and run.interruptible:
             self._interrupted = True
             raise KeyboardInterrupt
 
@@ -113,6 +111,8 @@ class Job:
         self.failure, self.stopping = self._loop.create_future(), self._loop.create_future()
         self.urgent = asyncio.Event()
         watcher = asyncio.create_task(self._watch_event())
+        if self._watch.active:
+            self._loop.add_reader(self._watch.fileno(), self._read_signals)
         self._note_signals()
         try:
             await conduct()
@@ -121,8 +121,24 @@ class Job:
         except Exception as error:  # noqa: BLE001 - raised in the caller's thread
             self.fail(error)
         finally:
-            self._loop = None
             watcher.cancel()
+        await self._leave_if_stuck()
+        if self._watch.active:
+            self._loop.remove_reader(self._watch.fileno())
+        self._loop = None
+
+    async def _leave_if_stuck(self) -> None:
+        """Somebody wants this program to end, nothing of the job is left but a bundle that hangs in a call from which
+        not even an interrupt brings it back: end the program without it."""
+        run = self.caller.current
+        if not self._watch.signals or run is None:
+            return
+        await first_of(run.end(), timeout=_LAST_CHANCE_SECONDS)
+        if not run.ended.done():
+            logger.critical("the program is ended by force: a bundle hangs in the main thread")
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(128 + self._watch.signals[0])
 
     async def _watch_event(self) -> None:
         """The event may be set by anybody, in any thread or process."""
@@ -138,11 +154,16 @@ class Job:
                 await asyncio.sleep(self.poll_interval)
         self.stopping.set_result(None)
 
+    def _read_signals(self) -> None:
+        self._watch.read()
+        self._note_signals()
+
     def _note_signals(self) -> None:
-        if self._signals and not self.failure.done():
-            self.signal = self._signals[0]
+        signals = self._watch.signals
+        if signals and not self.failure.done():
+            self.signal = signals[0]
             self.fail(_Interrupted(signal.Signals(self.signal).name))
-        if len(self._signals) > 1:
+        if len(signals) > 1:
             self.urgent.set()
 
     def fail(self, error: BaseException) -> None:
@@ -206,8 +227,7 @@ class Job:
             return
         if self._watch.active and run.interruptible and not self._interrupted:
             # it blocks the main thread, so cancelling did not reach it: interrupt it as Ctrl-C would without us
-            self._forced = True
-            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+            self._watch.interrupt()
         if not await self.pause(ended, self.terminate_timeout) and not self.urgent.is_set():
             logger.error(
                 "a bundle in the caller's thread does not end; everything else is being stopped without it"

@@ -1,4 +1,4 @@
-"""What Python runs in a child process: `launch.py NAME FD PARENT_PID`.
+"""What Python runs in a child process: `launch.py NAME CHANNEL_FD LIFELINE_FD PARENT_PID`.
 
 It is started by its path, so that the child can take over its parent's module search path before it imports anything.
 """
@@ -14,4 +14,4 @@ if __name__ == "__main__":
     sys.path[:] = os.environ.pop(SEARCH_PATH_VARIABLE).split(os.pathsep)
     from lightning.execution.child import main
 
-    main(fd=int(sys.argv[2]), parent_pid=int(sys.argv[3]))
+    main(*map(int, sys.argv[2:]))

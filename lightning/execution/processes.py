@@ -115,11 +115,14 @@ class ChildProcess:
         self._lock = threading.Lock()
         self._reaped = False
         ours, theirs = Pipe()
+        lifeline, self._lifeline = Pipe(duplex=False)
         try:
-            with theirs:
-                self._process = _start(name, theirs.fileno(), payload.fds, environment or {})
+            with theirs, lifeline:
+                own = (theirs.fileno(), lifeline.fileno())
+                self._process = _start(name, own, payload.fds, environment or {})
         except BaseException:
             ours.close()
+            self._lifeline.close()
             raise
         self._channel = ours
         loop.add_reader(ours.fileno(), self._read)
@@ -195,6 +198,7 @@ class ChildProcess:
         self._read()
         self._loop.remove_reader(self._channel.fileno())
         self._channel.close()
+        self._lifeline.close()
         self.exited.set_result(code)
 
 
@@ -221,15 +225,15 @@ def describe_exit(code: int) -> str:
 
 
 def _start(
-    name: str, channel: int, fds: Sequence[int], environment: dict[str, str]
+    name: str, own: Sequence[int], inherited: Sequence[int], environment: dict[str, str]
 ) -> subprocess.Popen[bytes]:
     flags = cast("Callable[[], list[str]]", vars(util)["_args_from_interpreter_flags"])()
     script = str(Path(launch.__file__).resolve())
     search_path = os.pathsep.join(entry for entry in sys.path if isinstance(entry, str))
     return subprocess.Popen(
-        [os.fsdecode(spawn.get_executable()), *flags, script, name, str(channel), str(os.getpid())],
+        [os.fsdecode(spawn.get_executable()), *flags, script, name, *map(str, own), str(os.getpid())],
         stdin=subprocess.DEVNULL,
-        pass_fds=(channel, *fds),
+        pass_fds=(*own, *inherited),
         start_new_session=True,
         env={**os.environ, **environment, launch.SEARCH_PATH_VARIABLE: search_path},
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import queue
-import signal
 import socket
 import subprocess
 import sys
@@ -51,6 +50,7 @@ class Program:
             start_new_session=True,
         )
         self._lines: queue.Queue[str | None] = queue.Queue()
+        self._seen: list[str] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
@@ -65,7 +65,11 @@ class Program:
         return Path(self._stderr.name).read_text()
 
     def line(self, start: str) -> str:
-        """The rest of the next line of output that starts like this; others are skipped."""
+        """The rest of the first line of output that starts like this and was not returned before."""
+        for line in self._seen:
+            if line.startswith(start):
+                self._seen.remove(line)
+                return line.removeprefix(start).strip()
         until = time.monotonic() + DEADLINE_SECONDS
         while True:
             try:
@@ -76,6 +80,13 @@ class Program:
                 pytest.fail(f"the program ended before it printed {start!r}; it says:\n{self.stderr}")
             if line.startswith(start):
                 return line.removeprefix(start).strip()
+            self._seen.append(line)
+
+    def rest(self) -> list[str]:
+        """What it printed besides, once it has ended."""
+        while (line := self._lines.get(timeout=DEADLINE_SECONDS)) is not None:
+            self._seen.append(line)
+        return self._seen
 
     def signal_group(self, number: int) -> None:
         """As a terminal does: to every process of the program's group."""
@@ -113,7 +124,8 @@ class Program:
         try:
             return self.process.wait(deadline_seconds)
         except subprocess.TimeoutExpired:
-            pytest.fail(f"the program does not end; it says:\n{self.stderr}")
+            printed = [*self._seen, *filter(None, list(self._lines.queue))]
+            pytest.fail(f"the program does not end; it printed {printed} and says:\n{self.stderr}")
 
     def assert_nothing_left(self) -> None:
         """No process, no temporary file."""
@@ -155,12 +167,3 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-@pytest.fixture
-def _own_signals() -> Iterator[None]:
-    """Handlers are put back, also by a test that fails."""
-    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in previous.items():
-        signal.signal(number, handler)

@@ -242,7 +242,7 @@ def _stubborn(*ignored: int) -> object:
     return entry
 
 
-async def test_sigint_cancels_the_task(nursery: Nursery, job: Job, tmp_path: Path) -> None:
+async def test_sigint_cancels_the_task(nursery: Nursery, tmp_path: Path) -> None:
     async def entry(link: ParentLink) -> None:
         link.report("ready")
         try:
@@ -252,8 +252,8 @@ async def test_sigint_cancels_the_task(nursery: Nursery, job: Job, tmp_path: Pat
 
     child = nursery.start(entry)
     await _report(child)
-    await stop_children(job, [child])
-    assert child.exited.result() == 0
+    child.signal(signal.SIGINT)
+    assert await _exit_code(child) == 0
     assert (tmp_path / "cleaned up").exists()
 
 
