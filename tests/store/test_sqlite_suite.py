@@ -1,4 +1,4 @@
-"""The contract suite on SQLite: in a file, as it is by default and with less durability, and in memory."""
+"""The contract suite on SQLite: in a file, in memory, and in a file behind a server."""
 
 from __future__ import annotations
 
@@ -7,8 +7,15 @@ from pathlib import Path
 
 import pytest
 
+from lightning.rpc import LightningStoreClient, LightningStoreServer
 from lightning.store import SQLiteLightningStore
-from lightning.testing import ClockedStoreContractSuite, FakeClock, RunnerContract
+from lightning.testing import (
+    ClockedStoreContractSuite,
+    FakeClock,
+    LaxResourcesContract,
+    RunnerContract,
+    StoreContractSuite,
+)
 
 
 class TestSQLiteFile(ClockedStoreContractSuite, RunnerContract):
@@ -23,5 +30,24 @@ class TestSQLiteInMemory(ClockedStoreContractSuite, RunnerContract):
     @pytest.fixture
     async def store(self, clock: FakeClock) -> AsyncIterator[SQLiteLightningStore]:
         store = SQLiteLightningStore(":memory:", clock=clock)
+        yield store
+        await store.close()
+
+
+class TestSQLiteThroughClient(StoreContractSuite):
+    @pytest.fixture
+    async def store(self, tmp_path: Path) -> AsyncIterator[LightningStoreClient]:
+        server = LightningStoreServer(SQLiteLightningStore(tmp_path / "store.db"), port=0)
+        await server.start()
+        client = LightningStoreClient(server.endpoint)
+        yield client
+        await client.close()
+        await server.close()
+
+
+class TestSQLiteWithLaxResources(LaxResourcesContract):
+    @pytest.fixture
+    async def store(self) -> AsyncIterator[SQLiteLightningStore]:
+        store = SQLiteLightningStore(":memory:", validate_resources=False)
         yield store
         await store.close()
