@@ -484,7 +484,7 @@ class PlainStore(LightningStore):
                 attempts = self._attempts[rollout_id]
                 for attempt in attempts:
                     silent = attempt is attempts[-1] and attempt.status == "unresponsive"
-                    if silent or attempt.status not in TERMINAL_ATTEMPT_STATUSES:
+                    if silent or self._is_open(attempt):
                         self._set_attempt_status(attempt, status, propagate=False)
             self._set_rollout_status(rollout, status)
         self._changed()
@@ -509,13 +509,15 @@ class PlainStore(LightningStore):
             attempt.last_heartbeat_time = last_heartbeat_time
         if worker_id is not UNSET and worker_id != attempt.worker_id:
             former, attempt.worker_id = attempt.worker_id, worker_id
-            self._release(former, attempt.status)
-            if worker_id is not None:
+            if self._is_open(attempt):
+                self._release(former, attempt.status)
+            if self._is_open(attempt) and worker_id is not None:
                 self._worker(worker_id).last_busy_time = self._clock.now()
         if status is not UNSET and status != attempt.status:
             is_latest = attempt is self._attempts[rollout_id][-1]
-            is_open = attempt.status not in TERMINAL_ATTEMPT_STATUSES
-            if (is_open and status != "preparing") or (attempt.status == "unresponsive" and is_latest):
+            may_be_revived = attempt.status == "unresponsive" and is_latest
+            may_end = attempt.status == "unresponsive" and status in TERMINAL_ATTEMPT_STATUSES
+            if status != "preparing" and (self._is_open(attempt) or may_be_revived or may_end):
                 self._set_attempt_status(attempt, status)
         self._changed()
         return attempt.model_copy(deep=True)
@@ -536,7 +538,7 @@ class PlainStore(LightningStore):
     # --- The rules ---
 
     def _set_attempt_status(self, attempt: Attempt, status: AttemptStatus, *, propagate: bool = True) -> None:
-        was_open = attempt.status not in TERMINAL_ATTEMPT_STATUSES
+        was_open = self._is_open(attempt)
         attempt.status = status
         attempt.end_time = self._clock.now() if status in TERMINAL_ATTEMPT_STATUSES else None
         if was_open and attempt.end_time is not None:
@@ -587,9 +589,12 @@ class PlainStore(LightningStore):
         return sorted(deadlines, key=lambda deadline: deadline[0])
 
     def _expire(self) -> None:
-        for deadline, status, attempt in self._deadlines():
-            if deadline < self._clock.now() and attempt.status not in TERMINAL_ATTEMPT_STATUSES:
-                self._set_attempt_status(attempt, status)
+        now = self._clock.now()
+        due = [(status, attempt) for deadline, status, attempt in self._deadlines() if deadline < now]
+        overdue = {attempt.attempt_id for status, attempt in due if status == "timeout"}
+        for status, attempt in due:
+            if self._is_open(attempt):
+                self._set_attempt_status(attempt, "timeout" if attempt.attempt_id in overdue else status)
 
     def _watch(self) -> None:
         """The alarm went off: somebody's time is up."""
@@ -641,6 +646,9 @@ class PlainStore(LightningStore):
                 return attempt
         raise ValueError(f"unknown attempt {attempt_id!r} of rollout {rollout_id!r}")
 
+    def _is_open(self, attempt: Attempt) -> bool:
+        return attempt.status not in TERMINAL_ATTEMPT_STATUSES
+
     def _worker(self, worker_id: str) -> Worker:
         return self._workers.setdefault(worker_id, Worker(worker_id=worker_id))
 
@@ -649,7 +657,7 @@ class PlainStore(LightningStore):
             attempt
             for attempts in self._attempts.values()
             for attempt in attempts
-            if attempt.worker_id == worker_id and attempt.status not in TERMINAL_ATTEMPT_STATUSES
+            if attempt.worker_id == worker_id and self._is_open(attempt)
         ]
         return sorted(held, key=lambda attempt: attempt.start_time)
 

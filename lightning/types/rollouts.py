@@ -17,7 +17,8 @@ class RolloutConfig(BaseModel):
     timeout_seconds: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     """Longest run of one attempt, from its start, before it is closed as `timeout`. None: no limit."""
     unresponsive_seconds: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    """Longest silence (no span, no heartbeat) before an attempt is closed as `unresponsive`. None: no limit."""
+    """Longest silence (no span, no heartbeat) before an attempt is closed as `unresponsive`. None: no limit. An attempt
+    that is found to be past both limits is closed as `timeout`."""
     max_attempts: int = Field(default=1, ge=1)
     """Attempts in all, the first one included."""
     retry_condition: list[AttemptStatus] = Field(default_factory=list)

@@ -132,6 +132,12 @@ class DeadlineContract(ClockedTheme):
         assert (await read(store, late.rollout_id)).status == "preparing"
         assert (await read(store, cleared.rollout_id)).status == "failed"
 
+    async def test_past_both_limits_it_is_a_timeout(self, store: LightningStore, clock: FakeClock) -> None:
+        config = RolloutConfig(unresponsive_seconds=LIMIT_SECONDS, timeout_seconds=2 * LIMIT_SECONDS)
+        started = await store.start_rollout("task", config=config)
+        clock.advance(2 * LIMIT_SECONDS + A_BIT_SECONDS)
+        assert await statuses(store, started.rollout_id) == ("failed", "timeout")
+
     # --- Nobody needs to call ---
 
     @pytest.mark.parametrize("config", [TIMEOUT, UNRESPONSIVE], ids=["timeout", "unresponsive"])
@@ -340,13 +346,19 @@ class DeadlineContract(ClockedTheme):
         assert await statuses(store, started.rollout_id) == ("succeeded", "succeeded")
         assert await store.dequeue_rollout() is None
 
+    async def test_a_silent_attempt_never_begins_anew(self, store: LightningStore, clock: FakeClock) -> None:
+        started = await gone_silent(store, clock)
+        await store.update_attempt(started.rollout_id, "latest", status="preparing")
+        assert await statuses(store, started.rollout_id) == ("requeuing", "unresponsive")
+
     @pytest.mark.parametrize("late", ["succeeded", "failed"])
     async def test_a_result_of_a_superseded_attempt_moves_no_rollout(
         self, store: LightningStore, clock: FakeClock, late: Any
     ) -> None:
         started = await gone_silent(store, clock)
         again = await claim(store)
-        await store.update_attempt(started.rollout_id, started.attempt.attempt_id, status=late)
+        kept = await store.update_attempt(started.rollout_id, started.attempt.attempt_id, status=late)
+        assert kept.status == late
         assert await read(store, started.rollout_id) == again
         assert await store.dequeue_rollout() is None
 
