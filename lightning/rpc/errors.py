@@ -179,7 +179,7 @@ def is_draining(error: AioRpcError) -> bool:
 def _without_detail(status: StatusCode, message: str, endpoint: str) -> Exception:
     """gRPC itself ended the call, or a server that does not send details."""
     if status is StatusCode.RESOURCE_EXHAUSTED and "larger than max" in message:
-        side = "LightningStoreClient" if message.startswith("CLIENT") else "LightningStoreServer"
+        side = "LightningStoreClient" if "CLIENT: " in message else "LightningStoreServer"
         return LimitExceededError(
             f"a message between this client and {endpoint} is too large ({message}); raise max_message_bytes of {side}"
         )

@@ -159,8 +159,8 @@ async def test_another_stream_of_the_process_takes_over(
         assert (await others[1].answer()).WhichOneof("message") == "welcome"
         assert (await session.answer()).closing.reason == pb.CLOSE_REASON_SUPERSEDED
         assert await session.answer() is None
-        assert await server.send_command(Drain(), "w") == 2
         assert (await others[0].answer()).WhichOneof("message") == "welcome"
+        assert await server.send_command(Drain(), "w") == 2
         for other in others:
             assert (await other.answer()).command.HasField("drain")
             other.finish()
