@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from urllib.parse import unquote, urlsplit
+
 from lightning.store.clock import Clock
 from lightning.store.engine import StoreEngine
 
@@ -53,3 +56,24 @@ class MongoLightningStore(StoreEngine):
             ) from error
         settings = MongoSettings(mongo_uri, database_name, partition_id, timeout_seconds, retain_seconds)
         super().__init__(MongoPersistence(settings), clock=clock, validate_resources=validate_resources)
+
+
+def open_mongo(url: str) -> MongoLightningStore:
+    """The store that one string names.
+
+    Args:
+        url: A MongoDB connection string. Its path names the database (by default `lightning`), and what follows a `#`
+            the partition (by default `default`): `mongodb://host1,host2/experiments?replicaSet=rs0#team-a`.
+
+    Raises:
+        ImportError: pymongo is not installed.
+        ValueError: It is no connection string.
+    """
+    uri, _, partition = url.partition("#")
+    database = unquote(urlsplit(uri).path.removeprefix("/"))
+    return MongoLightningStore(uri, database or DEFAULT_DATABASE, unquote(partition) or DEFAULT_PARTITION)
+
+
+def without_password(url: str) -> str:
+    """A connection string that may be shown; anything else as it is."""
+    return re.sub(r"^(mongodb(?:\+srv)?://)[^/?#]*@", r"\1", url)

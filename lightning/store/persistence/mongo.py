@@ -175,7 +175,7 @@ class MongoPersistence(Persistence):
         query = {"partition": self._settings.partition_id, "deadline": condition}
         found = await session.connection.run(
             lambda: (
-                session.rollouts.freshest.find(query, {"deadline": 1})
+                session.rollouts.collection.find(query, {"deadline": 1})
                 .sort("deadline", 1)
                 .limit(limit)
                 .to_list()

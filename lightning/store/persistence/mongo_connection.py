@@ -20,7 +20,6 @@ from pymongo.errors import (
     WaitQueueTimeoutError,
     WTimeoutError,
 )
-from pymongo.read_concern import ReadConcern
 from pymongo.uri_parser import parse_uri
 
 from lightning.backoff import Backoff
@@ -110,9 +109,9 @@ class MongoSettings:
 class MongoConnection:
     """The connection of one event loop.
 
-    Writes are acknowledged when a majority of the members have them in their journals, and reads see only such
-    writes, unless the connection string asks for something else (`w`, `journal`, `readConcernLevel`). All reads go to
-    the primary.
+    Writes are acknowledged when a majority of the members have them in their journals, unless the connection string
+    asks for something else (`w`, `journal`). Reads go to the primary and see what it has: all that was acknowledged,
+    after a change of the primary, too, and maybe what is about to be.
     """
 
     def __init__(self, settings: MongoSettings) -> None:
@@ -125,21 +124,12 @@ class MongoConnection:
         self._database = self._client.get_database(
             settings.database_name, read_preference=ReadPreference.PRIMARY
         )
-        if "readconcernlevel" not in options:
-            self._database = self._database.with_options(read_concern=ReadConcern("majority"))
         if not {"w", "journal"} & set(options):
             self._database = self._database.with_options(write_concern=WriteConcern(w="majority", j=True))
 
-    def collection(self, name: str, *, freshest: bool = False) -> Collection:
-        """A collection of the database.
-
-        Args:
-            name: Its name.
-            freshest: Read what the primary has, acknowledged by the others or not: for the reading half of a
-                compare-and-swap, whose writing half finds out.
-        """
-        collection = self._database[name]
-        return collection.with_options(read_concern=ReadConcern("local")) if freshest else collection
+    def collection(self, name: str) -> Collection:
+        """A collection of the database."""
+        return self._database[name]
 
     @property
     def database(self) -> pymongo.asynchronous.database.AsyncDatabase[Document]:
@@ -158,13 +148,14 @@ class MongoConnection:
         Raises:
             BackendUnavailableError: The time was up.
         """
-        patience = self.settings.timeout_seconds if within is None else within
-        task = asyncio.create_task(self._persist(operation, patience), name="lightning-mongo")
+        task = asyncio.create_task(self.persist(operation, within=within), name="lightning-mongo")
         self._under_way.add(task)
         task.add_done_callback(self._under_way.discard)
         return await asyncio.shield(task)
 
-    async def _persist(self, operation: Callable[[], Awaitable[T]], patience: float) -> T:
+    async def persist(self, operation: Callable[[], Awaitable[T]], *, within: float | None = None) -> T:
+        """As `run`, for callers that are never cancelled."""
+        patience = self.settings.timeout_seconds if within is None else within
         deadline = time.monotonic() + patience
         backoff = Backoff()
         while True:

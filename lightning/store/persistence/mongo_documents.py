@@ -41,6 +41,7 @@ NEXT = Timestamp(0, 0)
 _TICK = {"$type": "timestamp"}
 
 _REMEMBERED_CHANGES = 16
+_SMALL_BYTES = 4096
 _EPOCH_SECONDS = 1_704_067_200
 """Revisions count from the start of 2024, so that they fit 63 bits for the rest of this century."""
 
@@ -78,7 +79,7 @@ class Spill:
         """What to put into the document for this payload."""
         if data is None or len(data) <= inline_bytes:
             return data
-        if data not in self._placed:  # or else it was placed by an earlier try of the same write
+        if data not in self._placed:
             payload_id = ObjectId()
             self.added[payload_id] = data
             self._placed[data] = {"payload": payload_id, "size": len(data)}
@@ -144,6 +145,10 @@ class Form(Protocol[RecordT]):
         """The record in a document."""
         ...
 
+    def is_small(self, record: RecordT) -> bool:
+        """Whether thousands of its like may be held in memory."""
+        ...
+
     def stored(self, record: RecordT, marks: Document) -> RecordT:
         """The record with what the database gave it when it stored it."""
         ...
@@ -154,6 +159,23 @@ def with_token(update: Document, token: ObjectId) -> Document:
     update.setdefault("$set", {})["change"] = token
     update["$push"] = {"recent": {"$each": [token], "$slice": -_REMEMBERED_CHANGES}}
     return update
+
+
+def updated_document(document: Document, update: Document, marks: Document) -> Document:
+    """What an update of ours made of a document, as far as the next one needs to know. `marks` tells what the database
+    put in."""
+    result = {**document, **marks}
+    for path, value in update["$set"].items():
+        name, _, index = path.partition(".")
+        if index:
+            elements = list(result[name])
+            elements[int(index) : int(index) + 1] = [value]
+            result[name] = elements
+        else:
+            result[name] = value
+    for name in update.get("$unset", ()):
+        result.pop(name, None)
+    return result
 
 
 class _Edit:
@@ -291,6 +313,10 @@ class RolloutForm:
             revision=number(document["revision"]),
         )
 
+    def is_small(self, record: RolloutRecord) -> bool:
+        payloads = (record.input, record.metadata, *(attempt.metadata for attempt in record.attempts))
+        return len(record.attempts) <= 8 and sum(len(data) for data in payloads if data) <= _SMALL_BYTES
+
     def stored(self, record: RolloutRecord, marks: Document) -> RolloutRecord:
         return replace(record, revision=number(marks["revision"]))
 
@@ -418,6 +444,9 @@ class WorkerForm:
             ),
             **{name: document[name] for name in _WORKER_FIELDS},
         )
+
+    def is_small(self, record: WorkerRecord) -> bool:
+        return len(record.leases) <= 64 and len(record.heartbeat_stats or b"") <= _SMALL_BYTES
 
     def stored(self, record: WorkerRecord, marks: Document) -> WorkerRecord:
         return record

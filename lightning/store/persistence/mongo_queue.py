@@ -101,8 +101,8 @@ class MongoQueue:
         if self._in_hand:
             keys = [{"partition": self._partition, "rollout_id": rollout_id} for rollout_id in self._in_hand]
             condition["_id"] = {"$nin": keys}
-        find = self._rollouts.freshest.find
-        documents = await self._connection.run(
+        find = self._rollouts.collection.find
+        documents = await self._connection.persist(
             lambda: find(condition).sort("queue", 1).limit(wanted * self._spread).to_list()
         )
         if len(documents) > wanted:

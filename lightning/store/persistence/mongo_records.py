@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Generic, NoReturn, TypeVar
@@ -22,7 +23,13 @@ from pymongo.errors import BulkWriteError, OperationFailure
 from lightning.store.persistence.abc import BackendUnavailableError
 from lightning.store.persistence.mongo_batches import Batcher, Turns
 from lightning.store.persistence.mongo_connection import Document, MongoConnection, error_codes
-from lightning.store.persistence.mongo_documents import ChangeTokens, Form, Spill, with_token
+from lightning.store.persistence.mongo_documents import (
+    ChangeTokens,
+    Form,
+    Spill,
+    updated_document,
+    with_token,
+)
 from lightning.store.persistence.mongo_payloads import MongoPayloads, PayloadGone
 
 RecordT = TypeVar("RecordT")
@@ -31,6 +38,7 @@ _MAX_SWAPS_AT_ONCE = 64
 _MAX_READS_AT_ONCE = 256
 _MAX_INSERTS_AT_ONCE = 500
 _MAX_LOOKUPS_AT_ONCE = 5000
+_MAX_KNOWN = 4096
 _CONFLICT_PAUSE_SECONDS = 0.002
 """Doubles with every conflict over the same record."""
 _LONGEST_PAUSE_SECONDS = 0.1
@@ -85,31 +93,27 @@ class MongoRecords(Generic[RecordT]):
     ) -> None:
         self.name = name
         self.collection = connection.collection(name)
-        self.freshest = connection.collection(name, freshest=True)
         self._connection = connection
         self._form = form
         self._payloads = payloads
         self._tokens = tokens
         self._turns = Turns()
         self._swaps = Batcher(self._swap_batch, max_items=_MAX_SWAPS_AT_ONCE)
-        self._reads: Batcher[str, Document | None] = Batcher(
-            lambda ids: self._read_batch(ids, fresh=False), max_items=_MAX_READS_AT_ONCE
-        )
-        self._fresh_reads: Batcher[str, Document | None] = Batcher(
-            lambda ids: self._read_batch(ids, fresh=True), max_items=_MAX_READS_AT_ONCE
-        )
+        self._reads: Batcher[str, Document | None] = Batcher(self._read_batch, max_items=_MAX_READS_AT_ONCE)
+        self._known: OrderedDict[str, Read[RecordT]] = OrderedDict()
+        """As this server left them. Others may have changed them since; a swap finds out."""
         self._inserts = Batcher(self._insert_batch, max_items=_MAX_INSERTS_AT_ONCE)
 
     async def close(self) -> None:
         """Wait for what is under way."""
-        for batcher in (self._swaps, self._reads, self._fresh_reads, self._inserts):
+        for batcher in (self._swaps, self._reads, self._inserts):
             await batcher.close()
 
     # --- Reading ---
 
     async def get(self, record_id: str) -> RecordT | None:
         """One record, or None."""
-        read = await self._read(record_id, self._reads)
+        read = await self.read(record_id)
         return None if read is None else read.record
 
     async def get_many(self, record_ids: Sequence[str]) -> dict[str, RecordT]:
@@ -118,7 +122,7 @@ class MongoRecords(Generic[RecordT]):
         wanted = [record_id for record_id in dict.fromkeys(record_ids) if is_text(record_id)]
         for start in range(0, len(wanted), _MAX_LOOKUPS_AT_ONCE):
             some = wanted[start : start + _MAX_LOOKUPS_AT_ONCE]
-            documents = await self._read_batch(some, fresh=False)
+            documents = await self._connection.run(lambda some=some: self._find(some))  # type: ignore[misc]
             present = {
                 record_id: document for record_id, document in zip(some, documents, strict=True) if document
             }
@@ -128,19 +132,19 @@ class MongoRecords(Generic[RecordT]):
 
     async def read(self, record_id: str) -> Read[RecordT] | None:
         """One record as it is at this moment, to be swapped; None if there is none."""
-        return await self._read(record_id, self._fresh_reads)
-
-    async def _read(self, record_id: str, reads: Batcher[str, Document | None]) -> Read[RecordT] | None:
-        if not is_text(record_id):
-            return None
-        while True:
-            document = await reads.do(record_id)
+        while is_text(record_id):
+            document = await self._reads.do(record_id)
             if document is None:
-                return None
+                break
             try:
                 return await self.decode(document)
             except PayloadGone:
-                reads = self._fresh_reads  # it was changed meanwhile: read what it is now
+                continue  # it was changed meanwhile
+        return None
+
+    async def peek(self, record_id: str) -> Read[RecordT] | None:
+        """The same, but maybe not as it is any more."""
+        return self._known.get(record_id) or await self.read(record_id)
 
     async def decode(self, document: Document) -> Read[RecordT]:
         """The record in a document. Raises `PayloadGone` if it was changed since it was read."""
@@ -159,15 +163,14 @@ class MongoRecords(Generic[RecordT]):
                     reads.append(read)
         return reads
 
-    async def _read_batch(self, record_ids: list[str], *, fresh: bool) -> list[Document | None]:
-        return await self._read_keys([self._form.key(record_id) for record_id in record_ids], fresh=fresh)
+    async def _read_batch(self, record_ids: list[str]) -> list[Document | None]:
+        return await self._connection.persist(lambda: self._find(record_ids))
 
-    async def _read_keys(self, keys: list[Document], *, fresh: bool) -> list[Document | None]:
-        collection = self.freshest if fresh else self.collection
+    async def _find(self, record_ids: list[str]) -> list[Document | None]:
+        keys = [self._form.key(record_id) for record_id in record_ids]
         if len(keys) == 1:
-            return [await self._connection.run(lambda: collection.find_one({"_id": keys[0]}))]
-        found = await self._connection.run(lambda: collection.find({"_id": {"$in": keys}}).to_list())
-        return _in_order(keys, found)
+            return [await self.collection.find_one({"_id": keys[0]})]
+        return _in_order(keys, await self.collection.find({"_id": {"$in": keys}}).to_list())
 
     # --- Changing ---
 
@@ -187,38 +190,63 @@ class MongoRecords(Generic[RecordT]):
         Returns:
             The record before and after; None if there is none and no `create`.
         """
-        spill = Spill()
-        conflicts = _Conflicts(self._connection.settings.timeout_seconds, record_id)
         async with self._turns.take(record_id):
+            read = self._known.get(record_id)
+            if read is not None:
+                change = await self._try(read, transition)
+                if change is not None:
+                    return change
+            conflicts = _Conflicts(self._connection.settings.timeout_seconds, record_id)
             while True:
                 read = await self.read(record_id)
-                if read is None:
-                    if create is None:
-                        return None
+                if read is not None:
+                    after = transition(read.record)
+                    if after is read.record:
+                        await self._settle(read)
+                        return after, after
+                    swapped = await self.swap(read, after)
+                    if swapped is not None:
+                        return read.record, swapped
+                elif create is None:
+                    return None
+                else:
                     before = create()
                     ((stored, created),) = await self.insert([transition(before)])
                     if created:
                         return before, stored
-                    continue  # somebody was quicker
-                after = transition(read.record)
-                if after is read.record:
-                    return read.record, after
-                swapped = await self.swap(read, after, spill)
-                if swapped is not None:
-                    return read.record, swapped
                 await conflicts.pause()
 
-    async def swap(self, read: Read[RecordT], after: RecordT, spill: Spill | None = None) -> RecordT | None:
+    async def _try(
+        self, known: Read[RecordT], transition: Callable[[RecordT], RecordT]
+    ) -> tuple[RecordT, RecordT] | None:
+        """Change a record that may have been changed since; None if it was, or if nothing came of it."""
+        try:
+            after = transition(known.record)
+        except Exception:  # noqa: BLE001  # raised again if it holds for the record as it is now
+            return None
+        swapped = None if after is known.record else await self.swap(known, after)
+        return None if swapped is None else (known.record, swapped)
+
+    async def _settle(self, read: Read[RecordT]) -> None:
+        """Return when what was read is sure to stay: a write that changes nothing waits for all before it."""
+        key = read.document["_id"]
+        await self._connection.run(
+            lambda: self.collection.update_one({"_id": key}, {"$set": {"partition": key["partition"]}})
+        )
+
+    async def swap(self, read: Read[RecordT], after: RecordT) -> RecordT | None:
         """Replace a record if it still is what was read; returns it as stored, None if it had been changed.
 
         Raises:
             ValueError: The record does not fit into a document.
         """
-        spill = spill or Spill()
+        spill = Spill()
         update = self._form.update(read.document, read.record, after, spill)
         key = read.document["_id"]
+        record_id = key[self._form.id_field]
         token = self._tokens.next()
         await self._payloads.write(spill, self.name, key)
+        self._known.pop(record_id, None)
         try:
             marks = await self._swaps.do(
                 _Swap(key, read.document["change"], token, with_token(update, token))
@@ -226,9 +254,18 @@ class MongoRecords(Generic[RecordT]):
         except _REFUSALS as error:
             raise_refusal(error, key)
         if marks is None:
+            await self._payloads.discard(spill)
             return None
         await self._payloads.confirm(spill)
-        return self._form.stored(after, marks)
+        stored = self._form.stored(after, marks)
+        self._remember(record_id, Read(updated_document(read.document, update, marks), stored))
+        return stored
+
+    def _remember(self, record_id: str, read: Read[RecordT]) -> None:
+        if self._form.is_small(read.record):
+            self._known[record_id] = read
+            while len(self._known) > _MAX_KNOWN:
+                self._known.popitem(last=False)
 
     async def _swap_batch(self, swaps: list[_Swap]) -> list[Document | None]:
         tried = False
@@ -246,7 +283,7 @@ class MongoRecords(Generic[RecordT]):
             found = await self._marks([one.key for one in swaps])
             return [_outcome(one, document) for one, document in zip(swaps, found, strict=True)]
 
-        return await self._connection.run(swap)
+        return await self._connection.persist(swap)
 
     async def _swap_one(self, swap: _Swap) -> Document | None:
         return await self.collection.find_one_and_update(
@@ -258,7 +295,7 @@ class MongoRecords(Generic[RecordT]):
 
     async def _marks(self, keys: list[Document]) -> list[Document | None]:
         """What tells of the last changes."""
-        cursor = self.freshest.find({"_id": {"$in": keys}}, {"revision": 1, "recent": 1})
+        cursor = self.collection.find({"_id": {"$in": keys}}, {"revision": 1, "recent": 1})
         return _in_order(keys, await cursor.to_list())
 
     # --- Inserting ---
@@ -292,7 +329,10 @@ class MongoRecords(Generic[RecordT]):
         for one, marks in zip(prepared, all_marks, strict=True):
             if marks is not None:
                 await self._payloads.confirm(one.spill)
-                stored.append((self._form.stored(one.record, marks), True))
+                record = self._form.stored(one.record, marks)
+                document = {**one.document, **marks}
+                self._remember(document["_id"][self._form.id_field], Read(document, record))
+                stored.append((record, True))
                 continue
             await self._payloads.discard(one.spill)
             known = await self.read(one.document["_id"][self._form.id_field])
@@ -317,7 +357,7 @@ class MongoRecords(Generic[RecordT]):
                     raise
             return await self._marks([document["_id"] for document in documents])
 
-        found = await self._connection.run(insert)
+        found = await self._connection.persist(insert)
         results = iter(
             marks if marks is not None and document["change"] in marks["recent"] else None
             for document, marks in zip(documents, found, strict=True)

@@ -71,7 +71,8 @@ async def prepare(connection: MongoConnection) -> None:
         BackendOpenError: MongoDB cannot be reached, refuses the user, or holds what a newer version wrote.
     """
     try:
-        await connection.run(lambda: _check_version(connection), within=_OPEN_SECONDS)
+        patience = min(_OPEN_SECONDS, connection.settings.timeout_seconds)
+        await connection.run(lambda: _check_version(connection), within=patience)
         for name, indexes in INDEXES.items():
             models = [index.model() for index in indexes]
             await connection.run(

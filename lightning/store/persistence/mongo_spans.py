@@ -12,6 +12,7 @@ from dataclasses import replace
 from bson import ObjectId
 from pymongo.errors import BulkWriteError
 
+from lightning.store import lifecycle
 from lightning.store.persistence.abc import RolloutChange, SpanTransition
 from lightning.store.persistence.mongo_batches import Batcher, Turns
 from lightning.store.persistence.mongo_connection import Document, MongoConnection
@@ -25,6 +26,10 @@ _BATCH_BYTES = 8 * 1024 * 1024
 """Half of the size that a document can have; a larger span rests beside the document."""
 _BATCH_SPANS = 1000
 _MAX_INSERTS_AT_ONCE = 64
+
+
+class _NotTheFirst(Exception):
+    """The attempt has spans by now."""
 
 
 class MongoSpans:
@@ -42,7 +47,6 @@ class MongoSpans:
         self._payloads = payloads
         self._partition = partition
         self._collection = connection.collection(SPANS)
-        self._freshest = connection.collection(SPANS, freshest=True)
         self._inserts = Batcher(self._insert_batch, max_items=_MAX_INSERTS_AT_ONCE)
         self._turns = Turns()
 
@@ -55,25 +59,10 @@ class MongoSpans:
     ) -> tuple[RolloutChange, list[SpanReceipt]] | None:
         """See `Persistence.append_spans`."""
         async with self._turns.take((rollout_id, attempt_id)):
-            known = await self._known(rollout_id, attempt_id, [span.span_id for span in spans])
-            fresh: dict[str, SpanRecord] = {}
-            for span in spans:
-                if span.span_id not in known:
-                    fresh.setdefault(span.span_id, span)
-            sequence_ids: list[int] = []
-
-            def receive(record: RolloutRecord) -> RolloutRecord:
-                nonlocal sequence_ids
-                after, sequence_ids = transition(record, list(fresh.values()))
-                return after
-
-            change = await self._rollouts.change(rollout_id, receive)
-            if change is None:
+            received = await self._receive(rollout_id, attempt_id, spans, transition)
+            if received is None:
                 return None
-            numbered = {
-                span.span_id: replace(span, sequence_id=sequence_id)
-                for span, sequence_id in zip(fresh.values(), sequence_ids, strict=True)
-            }
+            change, numbered = received
             for batch in _batches(numbered.values()):
                 for span in await self._store(rollout_id, attempt_id, batch):
                     del numbered[span.span_id]
@@ -81,14 +70,50 @@ class MongoSpans:
         for span in spans:
             stored = numbered.pop(span.span_id, None)
             receipts.append(SpanReceipt(stored.sequence_id if stored else 0, stored is not None))
-        return RolloutChange(*change), receipts
+        return change, receipts
+
+    async def _receive(
+        self, rollout_id: str, attempt_id: str, spans: Sequence[SpanRecord], transition: SpanTransition
+    ) -> tuple[RolloutChange, dict[str, SpanRecord]] | None:
+        """Change the rollout; returns also the spans to store, numbered, by span id."""
+        rollout = await self._rollouts.peek(rollout_id)
+        is_first = rollout is not None and not _can_have_spans(rollout.record, attempt_id)
+        known: set[str] = set()
+        if not is_first:
+            known = await self._known(rollout_id, attempt_id, [span.span_id for span in spans])
+        fresh: dict[str, SpanRecord] = {}
+        for span in spans:
+            if span.span_id not in known:
+                fresh.setdefault(span.span_id, span)
+        sequence_ids: list[int] = []
+
+        def receive(record: RolloutRecord) -> RolloutRecord:
+            nonlocal sequence_ids
+            if is_first and _can_have_spans(record, attempt_id):
+                raise _NotTheFirst
+            after, sequence_ids = transition(record, list(fresh.values()))
+            return after
+
+        try:
+            change = await self._rollouts.change(rollout_id, receive)
+        except _NotTheFirst:  # it was, a moment ago
+            return await self._receive(rollout_id, attempt_id, spans, transition)
+        if change is None:
+            return None
+        numbered = {
+            span.span_id: replace(span, sequence_id=sequence_id)
+            for span, sequence_id in zip(fresh.values(), sequence_ids, strict=True)
+        }
+        return RolloutChange(*change), numbered
 
     async def _known(self, rollout_id: str, attempt_id: str, span_ids: Sequence[str]) -> set[str]:
         """Which of these spans the attempt has."""
         if not (is_text(rollout_id) and is_text(attempt_id)):
             return set()
         condition = {**self._of(rollout_id), "attempt_id": attempt_id, "span_ids": {"$in": list(span_ids)}}
-        found = await self._connection.run(lambda: self._freshest.find(condition, {"span_ids": 1}).to_list())
+        found = await self._connection.run(
+            lambda: self._collection.find(condition, {"span_ids": 1}).to_list()
+        )
         return {span_id for document in found for span_id in document["span_ids"]}
 
     def _of(self, rollout_id: str) -> Document:
@@ -131,12 +156,12 @@ class MongoSpans:
                     raise
                 # It may also have been an earlier try that stored it.
                 ids = [document["_id"] for document in documents]
-                found = await self._freshest.find({"_id": {"$in": ids}}, {"_id": 1}).to_list()
+                found = await self._collection.find({"_id": {"$in": ids}}, {"_id": 1}).to_list()
                 present = {document["_id"] for document in found}
                 return [document_id in present for document_id in ids]
             return [True] * len(documents)
 
-        return await self._connection.run(insert)
+        return await self._connection.persist(insert)
 
     async def find(self, rollout_id: str, attempt_ids: Sequence[str]) -> list[SpanRecord]:
         """See `Persistence.find_spans`."""
@@ -164,6 +189,11 @@ class MongoSpans:
                 document["span_ids"], document["sequence_ids"], document["payloads"], strict=True
             )
         ]
+
+
+def _can_have_spans(record: RolloutRecord, attempt_id: str) -> bool:
+    attempt = record.find_attempt(attempt_id)
+    return attempt is not None and lifecycle.can_have_spans(attempt)
 
 
 def _batches(spans: Iterable[SpanRecord]) -> Iterator[list[SpanRecord]]:
