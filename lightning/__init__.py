@@ -27,7 +27,6 @@ if TYPE_CHECKING:
         InMemoryLightningStore,
         LightningStore,
         LightningStoreThreaded,
-        MongoLightningStore,
         SQLiteLightningStore,
     )
     from lightning.tracing import OtelTracer, emit_reward, find_final_reward
@@ -75,7 +74,6 @@ __all__ = [
     "LightningStoreServer",
     "LightningStoreThreaded",
     "Link",
-    "MongoLightningStore",
     "MultiprocessingEvent",
     "NamedResources",
     "OtelResource",
@@ -119,7 +117,6 @@ _HOMES = {
         "InMemoryLightningStore",
         "LightningStore",
         "LightningStoreThreaded",
-        "MongoLightningStore",
         "SQLiteLightningStore",
     ),
     "tracing": ("OtelTracer", "emit_reward", "find_final_reward"),

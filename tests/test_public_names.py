@@ -37,7 +37,6 @@ CONTRACT_NAMES = [
     "InMemoryLightningStore",
     "LightningStoreThreaded",
     "SQLiteLightningStore",
-    "MongoLightningStore",
     "LightningStoreServer",
     "LightningStoreClient",
     "ExecutionStrategy",

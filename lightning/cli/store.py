@@ -23,7 +23,7 @@ def serve_store(
         typer.Option(
             metavar="BACKEND",
             help="What keeps the data: [bold]sqlite:PATH[/], a file; [bold]sqlite[/], the file in your data folder; "
-            "[bold]mongodb://HOSTS/DATABASE[/]; [bold]memory[/], until the server ends.",
+            "[bold]memory[/], until the server ends.",
         ),
     ] = "sqlite",
     insecure: Annotated[
@@ -54,7 +54,7 @@ def serve_store(
             "add --insecure if you trust the network",
             EXIT_USAGE,
         )
-    with reporting(ValueError, ImportError, exit_code=EXIT_USAGE):
+    with reporting(ValueError, exit_code=EXIT_USAGE):
         server = LightningStoreServer(open_store(backend), host, port, allow_insecure=insecure)
     with reporting(OSError, BackendError):
         asyncio.run(_serve(server, full_url(backend), host))

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from lightning.store.backends import InMemoryLightningStore, SQLiteLightningStore
 from lightning.store.contract import LightningStore
-from lightning.store.mongo import open_mongo, without_password
 
 
 def default_path() -> Path:
@@ -33,15 +32,13 @@ def _open_sqlite(rest: str) -> LightningStore:
 _BACKENDS: Mapping[str, tuple[str, Callable[[str], LightningStore]]] = {
     "memory": ("memory", _open_memory),
     "sqlite": ("sqlite, sqlite:PATH", _open_sqlite),
-    "mongodb": ("mongodb://HOSTS/DATABASE", lambda rest: open_mongo(f"mongodb:{rest}")),
-    "mongodb+srv": ("mongodb+srv://HOST/DATABASE", lambda rest: open_mongo(f"mongodb+srv:{rest}")),
 }
 """By scheme: what a user writes, and what opens it, given what follows the scheme."""
 
 
 def full_url(url: str) -> str:
-    """`url` with what it leaves to the defaults, and without a password, for people to read."""
-    return f"sqlite:{default_path()}" if url.rstrip(":") == "sqlite" else without_password(url)
+    """`url` with what it leaves to the defaults."""
+    return f"sqlite:{default_path()}" if url.rstrip(":") == "sqlite" else url
 
 
 def is_store_url(text: str) -> bool:
@@ -54,12 +51,10 @@ def open_store(url: str) -> LightningStore:
 
     Args:
         url: `memory`: a new store in the memory of this process. `sqlite:PATH`: the store in that file, made if there
-            is none; `sqlite`: in the file `default_path()`. `mongodb://…`: the store in that MongoDB database, see
-            `open_mongo`.
+            is none; `sqlite`: in the file `default_path()`.
 
     Raises:
         ValueError: There is no such kind of store, or its name is incomplete.
-        ImportError: What it needs is not installed.
     """
     scheme, _, rest = url.partition(":")
     if not is_store_url(url):
