@@ -174,6 +174,7 @@ class _Execution:
             self.event,
             graceful_timeout=settings.graceful_timeout,
             terminate_timeout=settings.terminate_timeout,
+            drains=settings.role == "runner",
         )
         self.host = self._choose_host(store)
 
@@ -266,7 +267,11 @@ class _Execution:
             # also for runners that connect too late to hear it themselves
             told = asyncio.create_task(hear_stop(self.host.store, fleet.prefix))
             stack.callback(told.cancel)
-            await self.job.unless_failed(first_of(told, asyncio.create_task(fleet.ended())))
+            ended = asyncio.create_task(fleet.ended())
+            stack.callback(ended.cancel)
+            await self.job.unless_failed(first_of(told, ended))
+            if told.done():
+                told.result()
 
     # --- Their parts -------------------------------------------------------------------------------------------------
 

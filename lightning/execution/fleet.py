@@ -81,8 +81,8 @@ class RunnerFleet:
 
     async def ended(self) -> None:
         """Wait until no runner is left. That is a failure of the job unless one of them came to its own end."""
-        results = await asyncio.gather(*map(asyncio.shield, self._keepers))
-        if not self._stopping.is_set() and not any(results):
+        results = await asyncio.gather(*map(asyncio.shield, self._keepers), return_exceptions=True)
+        if not self._stopping.is_set() and True not in results:
             self._job.fail(
                 ExecutionError(
                     f"no runner is left: {'the runner' if self._count == 1 else f'each of the {self._count} runners'} "

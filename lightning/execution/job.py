@@ -47,6 +47,8 @@ class Job:
         graceful_timeout: How long a bundle may take to end after it was asked to, and again after it was cancelled,
             in seconds.
         terminate_timeout: How long one that was interrupted by force may take then, in seconds.
+        drains: Whether SIGTERM, unlike anything else that ends the job, leaves the event alone, so that work in hand
+            can be finished.
         poll_interval: How often an event of a foreign kind is looked at, in seconds.
     """
 
@@ -56,11 +58,13 @@ class Job:
         *,
         graceful_timeout: float,
         terminate_timeout: float,
+        drains: bool = False,
         poll_interval: float = 0.05,
     ) -> None:
         self.event = event
         self.graceful_timeout = graceful_timeout
         self.terminate_timeout = terminate_timeout
+        self.drains = drains
         self.poll_interval = poll_interval
         self.caller = CallerThread()
         self.failure: asyncio.Future[BaseException]
@@ -168,7 +172,8 @@ class Job:
 
     def fail(self, error: BaseException) -> None:
         """End the job. The first error wins; a later one is most often its consequence, and is only logged."""
-        self.event.set()
+        if not (self.drains and isinstance(error, _Interrupted) and self.signal == signal.SIGTERM):
+            self.event.set()
         if not self.failure.done():
             self.failure.set_result(error)
         elif error is not self.failure.result():

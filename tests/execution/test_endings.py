@@ -70,6 +70,8 @@ PROGRAM = """
                     raise
             elif task == "pause":
                 await asyncio.sleep(0.5)
+            elif task == "long pause":  # longer than a runner waits that is told to stop
+                await asyncio.sleep(2.5)
             elif task == "hang":
                 libc = ctypes.PyDLL(None)
                 signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
@@ -251,7 +253,7 @@ def test_runners_end_when_the_algorithm_is_interrupted(program: ProgramStart, fr
 
 
 def test_runners_finish_what_they_do_when_they_are_terminated(program: ProgramStart, free_port: int) -> None:
-    algorithm, runners = apart(program, free_port)
+    algorithm, runners = apart(program, free_port, "long pause")
     runners.process.terminate()
     assert algorithm.line("rollout") == "succeeded 1"
     runners.assert_ends(128 + signal.SIGTERM)
