@@ -15,6 +15,10 @@ from lightning.types import LLM, AttemptedRollout, NamedResources, PromptTemplat
 _FIRST_OF_TYPE: dict[str, type[Resource]] = {"llm": LLM, "prompt_template": PromptTemplate}
 
 
+_MAIN_MODULES = ("__main__", "__mp_main__")
+"""The program's own module, as it is called in its first process and in one of `multiprocessing`."""
+
+
 class Agent(ABC):
     """An agent: executes a task and reports how well it did.
 
@@ -57,7 +61,7 @@ class FunctionAgent(Agent):
     def __reduce__(self) -> str | tuple[Any, ...]:
         module = getattr(self._function, "__module__", None) or "__main__"
         qualname = getattr(self._function, "__qualname__", "")
-        if module != "__main__" and _find(sys.modules.get(module), qualname) is self:
+        if module not in _MAIN_MODULES and _find(sys.modules.get(module), qualname) is self:
             return _load, (module, qualname)  # by name, so that the module's globals need not be picklable
         return FunctionAgent, (self._function,)
 

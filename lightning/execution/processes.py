@@ -30,6 +30,9 @@ from lightning.execution.base import ExecutionError
 from lightning.execution.child import Entry, Failed, Finished, Loaded, Report
 from lightning.execution.job import Job
 
+_MAIN_OF_MULTIPROCESSING = "__mp_main__"
+"""What a process of `multiprocessing` calls the program's main module."""
+
 
 class Payload:
     """A task, pickled once for any number of children.
@@ -45,6 +48,12 @@ class Payload:
     """
 
     def __init__(self, entry: Entry, what: str) -> None:
+        if (
+            _MAIN_OF_MULTIPROCESSING in sys.modules
+        ):  # we are such a process, and a child cannot import it any more than
+            cloudpickle.register_pickle_by_value(
+                sys.modules[_MAIN_OF_MULTIPROCESSING]
+            )  # it can a program's `__main__`
         inheritance, buffer = _Inheritance(), io.BytesIO()
         context.set_spawning_popen(cast(Any, inheritance))
         try:

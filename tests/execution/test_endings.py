@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from tests.execution.conftest import Program, ProgramStart
 
 PROGRAM = """
-    import asyncio, ctypes, json, os, signal, subprocess, sys, threading, time
+    import asyncio, ctypes, json, multiprocessing, os, signal, subprocess, sys, threading, time
 
     import lightning
     from lightning.execution import worker_name
@@ -25,6 +25,7 @@ PROGRAM = """
     settings = json.loads(sys.argv[1])
     kind = settings.pop("strategy", "cs")
     behaviour = settings.pop("behaviour", "")
+    inside = settings.pop("inside", None)
 
 
     class Algorithm:
@@ -86,13 +87,22 @@ PROGRAM = """
             return 1.0
 
 
-    if __name__ == "__main__":
+    def execute():
         if kind == "shm":
             strategy = lightning.SharedMemoryExecutionStrategy(**settings)
         else:
             strategy = lightning.ClientServerExecutionStrategy(**settings)
         strategy.execute(Algorithm(), Runner())
         print("done")
+
+
+    if __name__ == "__main__":
+        if inside:
+            process = multiprocessing.get_context(inside).Process(target=execute)
+            process.start()
+            process.join()
+            sys.exit(process.exitcode)
+        execute()
 """
 
 
@@ -125,6 +135,13 @@ def test_a_program_whose_classes_are_in_its_main_module(program: ProgramStart, f
     job.assert_ends(0)
     assert "main module" not in "".join(job.program.rest()), "a child ran the main module again"
     assert job.program.stderr == ""
+
+
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_a_job_in_a_process_of_multiprocessing(program: ProgramStart, method: str) -> None:
+    job = Job(program, inside=method)
+    assert job.line("rollout") == "succeeded 1"
+    job.assert_ends(0)
 
 
 def test_the_algorithm_raises(program: ProgramStart, free_port: int) -> None:
