@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Callable, Coroutine, Iterable
+from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from lightning.store import lifecycle
@@ -58,6 +60,8 @@ class EngineCore(LightningStore):
         self._validate_resources = validate_resources
         self._opened_at = time.monotonic()
         self._opened = False
+        self._opening: Future[None] | None = None
+        self._opening_lock = threading.Lock()
         self._steps: set[asyncio.Future[Any]] = set()
         """What is being finished, kept from the garbage collector."""
 
@@ -86,13 +90,32 @@ class EngineCore(LightningStore):
         """Begin a verb: the store must be open, and what is overdue must have happened. Returns the time."""
         if self._broker.closed:
             raise BrokerClosed("the store was closed")
-        if not self._opened:
-            await self._persistence.open()
-            self._opened = True
-            self._watchdog.watch(await self._persistence.first_deadline())
+        while not self._opened:
+            await self._open()
         self._outside.attend()
+        self._watchdog.attend()
         await self._watchdog.catch_up()
         return self._clock.now()
+
+    async def _open(self) -> None:
+        """Have the backend opened, once, however many callers come first."""
+        with self._opening_lock:
+            opening, self._opening = self._opening, self._opening or Future()
+        if opening is None:
+            await self._complete(self._open_now())
+        else:
+            await asyncio.shield(asyncio.wrap_future(opening))
+
+    async def _open_now(self) -> None:
+        try:
+            await self._persistence.open()
+            self._watchdog.watch(await self._persistence.first_deadline())
+            self._opened = True
+        finally:
+            with self._opening_lock:  # if it failed, the next caller tries, and learns why it cannot be
+                opening, self._opening = self._opening, None
+            if opening is not None:
+                opening.set_result(None)
 
     async def _expire(self) -> float | None:
         """Close every attempt whose time is up; returns the next deadline."""
@@ -169,20 +192,35 @@ class EngineCore(LightningStore):
             interrupt: Whether a worker that lost an attempt by this change does not know it yet.
         """
         effects = lifecycle.effects(before, after)
-        for hold in effects.released:
-            await self._persistence.change_worker(
-                hold.worker_id,
-                lambda worker, hold=hold: lifecycle.release(worker, hold, now),  # type: ignore[misc]
-            )
-            if interrupt:
+        if effects.released or effects.acquired:
+            await self._settle_workers(after, effects, now)
+        if interrupt:
+            for hold in effects.released:
                 self._interrupt(hold)
-        for hold in effects.acquired:
-            await self._persistence.change_worker(
-                hold.worker_id,
-                lambda worker, hold=hold: lifecycle.acquire(worker, hold.lease, now),  # type: ignore[misc]
-            )
         self._watchdog.watch(lifecycle.next_deadline(after))
         self._publish(after.rollout_id, effects)
+
+    async def _settle_workers(self, record: RolloutRecord, effects: lifecycle.Effects, now: float) -> None:
+        """Let the leases of workers follow a rollout's record.
+
+        They are records of their own, so two changes to the rollout may reach them in the wrong order. Whoever made one
+        looks again afterwards, and makes good what the record has become since; so the last to do so leaves the truth.
+        """
+        while effects.released or effects.acquired:
+            for hold in effects.released:
+                await self._persistence.change_worker(
+                    hold.worker_id,
+                    lambda worker, hold=hold: lifecycle.release(worker, hold, now),  # type: ignore[misc]
+                )
+            for hold in effects.acquired:
+                await self._persistence.change_worker(
+                    hold.worker_id,
+                    lambda worker, hold=hold: lifecycle.acquire(worker, hold.lease, now),  # type: ignore[misc]
+                )
+            current = await self._persistence.get_rollout(record.rollout_id)
+            if current is None or current.revision == record.revision:
+                return
+            effects, record = lifecycle.effects(record, current), current
 
     def _hear(self, notice: Notice) -> None:
         """Let those who wait on this server know what another one did."""

@@ -54,6 +54,11 @@ class Watchdog:
         if earlier:
             self._broker.publish(WATCHDOG_TOPIC)
 
+    def attend(self) -> None:
+        """See to it that somebody watches, where the event loop of who did is closed."""
+        if self._next is not None and self._loop is not None and self._loop.is_closed():
+            self.watch(self._next)
+
     async def catch_up(self) -> None:
         """Return when nothing is overdue any more: what is due has been expired, by this call or by another."""
         while True:
