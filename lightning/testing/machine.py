@@ -77,6 +77,11 @@ class StoreMachine(RuleBasedStateMachine):
             self.loop.close()
             raise
 
+    @property
+    def steps(self) -> int:
+        """How many steps this history has so far."""
+        return self.turn
+
     def run(self, step: Coroutine[Any, Any, T]) -> T:
         """Have the store's event loop do something."""
         return self.loop.run_until_complete(asyncio.wait_for(step, _STEP_DEADLINE_SECONDS))
@@ -230,10 +235,10 @@ class StoreMachine(RuleBasedStateMachine):
     def store_and_model_agree(self) -> None:
         """Everything that can be compared at little cost, after every step."""
         self.model.advance(self.clock.now())  # what a step revived may have been overdue at once
+        self.turn += 1
         self.compare_rollouts()
         self.compare_workers()
         if self.model.rollouts:
-            self.turn += 1
             self.compare_attempts(self.some_rollout(self.turn))
 
     def compare_rollouts(self) -> None:
@@ -294,3 +299,17 @@ class StoreMachine(RuleBasedStateMachine):
         except ValueError:
             return
         raise AssertionError("the store accepted what it must refuse")
+
+
+class ClientMachine(StoreMachine):
+    """The same through gRPC: `make_store` makes the store that is served. Mix it in first."""
+
+    async def open_store(self, stack: AsyncExitStack) -> LightningStore:
+        from lightning.rpc import LightningStoreClient, LightningStoreServer  # needed by nobody else here
+
+        server = LightningStoreServer(self.make_store(), port=0)
+        stack.push_async_callback(server.close)
+        await server.start()
+        client = LightningStoreClient(server.endpoint)
+        stack.push_async_callback(client.close)
+        return client

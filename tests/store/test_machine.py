@@ -1,18 +1,22 @@
-"""Random histories on our stores, compared with the model; `scripts/prove-store` runs many more."""
+"""Random histories, a few; `scripts/prove_store.py` runs thousands."""
 
 from __future__ import annotations
 
-from contextlib import AsyncExitStack
+import pytest
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis.stateful import run_state_machine_as_test
+from plain_store import PlainStore
 
-from hypothesis import HealthCheck, settings
-
-from lightning.rpc import LightningStoreClient, LightningStoreServer
-from lightning.store import InMemoryLightningStore
+from lightning.store import InMemoryLightningStore, lifecycle
 from lightning.store.contract import LightningStore
-from lightning.testing.machine import StoreMachine
+from lightning.testing.machine import ClientMachine, StoreMachine
 
-quick = settings(
-    max_examples=40, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+QUICK = settings(
+    max_examples=40,
+    stateful_step_count=40,
+    deadline=None,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow],
 )
 
 
@@ -21,17 +25,31 @@ class MemoryMachine(StoreMachine):
         return InMemoryLightningStore(clock=self.clock)
 
 
-class ClientMachine(StoreMachine):
-    async def open_store(self, stack: AsyncExitStack) -> LightningStore:
-        server = LightningStoreServer(InMemoryLightningStore(clock=self.clock), port=0)
-        stack.push_async_callback(server.close)
-        await server.start()
-        client = LightningStoreClient(server.endpoint)
-        stack.push_async_callback(client.close)
-        return client
+class MemoryClientMachine(ClientMachine, MemoryMachine):
+    """Through gRPC."""
 
 
-TestMemory = MemoryMachine.TestCase
-TestMemory.settings = quick
-TestClient = ClientMachine.TestCase
-TestClient.settings = settings(quick, max_examples=10)
+class PlainMachine(StoreMachine):
+    for_runners = False
+
+    def make_store(self) -> LightningStore:
+        return PlainStore(self.clock)
+
+
+def test_random_histories_on_the_memory_store() -> None:
+    run_state_machine_as_test(MemoryMachine, settings=QUICK)
+
+
+def test_random_histories_through_the_client() -> None:
+    run_state_machine_as_test(MemoryClientMachine, settings=settings(QUICK, max_examples=10))
+
+
+def test_random_histories_on_a_foreign_store() -> None:
+    run_state_machine_as_test(PlainMachine, settings=QUICK)
+
+
+def test_a_broken_rule_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lifecycle, "_may_become", lambda record, attempt, status: True)
+    search = settings(QUICK, max_examples=500, phases=[Phase.generate], report_multiple_bugs=False)
+    with pytest.raises(AssertionError):
+        run_state_machine_as_test(MemoryMachine, settings=search)
