@@ -242,8 +242,8 @@ class _Execution:
             child = ChildProcess(_ALGORITHM_NAME, payload)
             stack.push_async_callback(self._stop_algorithm, child)
             await self.job.unless_failed(self.host.start())
-            start = asyncio.create_task(self._start_algorithm(child))
-            stack.callback(start.cancel)
+            watch = asyncio.create_task(self._tend_algorithm(child, self.host.pickled_store))
+            stack.callback(watch.cancel)
             await self.job.run_in_caller(lambda: self.runner(self.host.store, 0, self.event))
             await self.job.unless_failed(first_of(child.exited, self.job.stopping))
 
@@ -284,9 +284,9 @@ class _Execution:
         """SIGTERM is how a machine is taken out of service: what runs may finish. Ctrl-C is: now."""
         await fleet.stop(drain=self.job.signal == signal.SIGTERM)
 
-    async def _start_algorithm(self, child: ChildProcess) -> None:
+    async def _tend_algorithm(self, child: ChildProcess, pickled_store: bytes) -> None:
         await first_of(child.loaded, child.exited)
-        child.send(self.host.pickled_store)
+        child.send(pickled_store)
         await asyncio.wait({child.exited})
         if child.finished:
             self.event.set()

@@ -23,7 +23,10 @@ RESTART_WINDOW_SECONDS = 60.0
 """A restart counts against the budget for so long."""
 _RESTART_DELAYS_SECONDS = (0.0, 1.0, 3.0)
 """Pause before the first, the second, and each further restart of a runner within the window."""
-_GIVE_UP_TIMEOUT_SECONDS = 10.0
+_GIVE_BACK_SECONDS = 10.0
+"""How long closing the attempts of a dead runner may take."""
+_LAST_GIVE_BACK_SECONDS = 2.0
+"""The same when the job ends anyway."""
 
 
 class RunnerFleet:
@@ -132,7 +135,7 @@ class RunnerFleet:
             await asyncio.wait({child.exited})
             del self._living[name]
             if self._stopping.is_set():
-                self._check_end(child)
+                await self._check_end(child)
                 return True
             if child.finished:
                 logger.info("%s has come to its end", name)
@@ -141,8 +144,7 @@ class RunnerFleet:
                 self._job.fail(child.error())
                 return False
             logger.error("%s%s", child.describe_end(), f"\n{child.failed.trace}" if child.failed else "")
-            if child.loaded.done() and self._store_ready.is_set():
-                await self._give_back(name)
+            await self._give_back(name, _GIVE_BACK_SECONDS)
             if not await self._may_restart(name, crashes):
                 return self._stopping.is_set()
 
@@ -155,7 +157,7 @@ class RunnerFleet:
             await asyncio.wait({ready})
             return
         if again:  # a claim of its predecessor may have been under way still when that died
-            await self._give_back(child.name)
+            await self._give_back(child.name, _GIVE_BACK_SECONDS)
         if self._stopping.is_set():
             child.signal(signal.SIGTERM)
         else:
@@ -189,14 +191,12 @@ class RunnerFleet:
             return True
         return False
 
-    async def _give_back(self, name: str) -> None:
+    async def _give_back(self, name: str, timeout: float) -> None:
         """Close what a dead runner held, so that its rollouts are retried now and not when their time is up."""
-        if not self._host.alive:
+        if not self._store_ready.is_set() or not self._host.alive:
             return
         try:
-            given_up = await asyncio.wait_for(
-                close_attempts(self._host.store, name), _GIVE_UP_TIMEOUT_SECONDS
-            )
+            given_up = await asyncio.wait_for(close_attempts(self._host.store, name), timeout)
         except Exception as error:  # noqa: BLE001 - logged; the job goes on
             logger.warning(
                 "the attempts of %s could not be closed: %s: %s", name, type(error).__name__, error
@@ -205,12 +205,14 @@ class RunnerFleet:
             if given_up:
                 logger.warning("%s held %d attempts, now unresponsive", name, given_up)
 
-    def _check_end(self, child: ChildProcess) -> None:
+    async def _check_end(self, child: ChildProcess) -> None:
         code = child.exited.result()
         if child.killed:
             logger.warning("%s did not stop when it was told to, and was killed", child.name)
         elif code not in self._allowed_exit_codes and self._store_ready.is_set() and self._host.alive:
             logger.warning("%s %s after it was told to stop", child.name, describe_exit(code))
+        if not child.finished:  # the store may live on, and with it what this one could not bring to an end
+            await self._give_back(child.name, _LAST_GIVE_BACK_SECONDS)
 
 
 async def close_attempts(store: LightningStore, worker_id: str) -> int:

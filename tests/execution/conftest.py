@@ -28,7 +28,7 @@ def eventually(look: Callable[[], object], what: str, deadline_seconds: float = 
     while not look():
         if time.monotonic() > until:
             pytest.fail(f"did not happen within {deadline_seconds} s: {what}")
-        time.sleep(0.005)
+        time.sleep(0.02)
 
 
 class Program:

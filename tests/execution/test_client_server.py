@@ -421,14 +421,17 @@ def test_a_runner_that_hangs_is_killed_in_the_end(caplog: pytest.LogCaptureFixtu
     async def runner(store: LightningStore, worker_id: int, event: ExecutionEvent) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # it would end the sleep
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        await store.start_rollout(input="never ends", worker_id=worker_name(worker_id))
         hangs.touch()
         ctypes.PyDLL(None).sleep(1000)  # holds the interpreter, as a broken extension would
 
     async def algorithm(store: LightningStore, event: ExecutionEvent) -> None:
         await until(hangs.exists)
 
-    strategy(graceful_timeout=0.1, terminate_timeout=0.1).execute(algorithm, runner)
+    store = InMemoryLightningStore()
+    strategy(graceful_timeout=0.1, terminate_timeout=0.1).execute(algorithm, runner, store)
     assert "runner-0 did not stop when it was told to, and was killed" in caplog.text
+    assert asyncio.run(count(store, "failed")) == 1, "what it held should have been given back"
 
 
 @pytest.mark.parametrize("main_process", ["algorithm", "runner"])
