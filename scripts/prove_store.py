@@ -4,8 +4,9 @@
     .venv/bin/python scripts/prove_store.py                             everything
     .venv/bin/python scripts/prove_store.py --runs 100 --only client    fewer histories, of one kind
 
-Everything is: 2,000 histories with 120,000 steps in all on the memory store, as many through gRPC, each step compared with
-`lightning.testing.model`; then 64 threads on 8 event loops for 60 seconds, on the memory store and on the threaded one.
+Everything is: 2,000 histories with 120,000 steps in all on the memory store, as many through gRPC, each step
+compared with `lightning.testing.model`; then 64 threads on 8 event loops for 60 seconds, on the memory store and on the
+threaded one.
 A difference is shown as the shortest history that leads to it, and the exit status is 1.
 """
 

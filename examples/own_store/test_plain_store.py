@@ -1,4 +1,4 @@
-"""The contract suite on a store of one's own. Run it: `pytest examples/test_plain_store.py`."""
+"""The contract suite on a store of one's own. Run it: `pytest examples/own_store`."""
 
 from __future__ import annotations
 
