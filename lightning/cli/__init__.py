@@ -11,6 +11,7 @@ from lightning.cli.demo import run_demo
 from lightning.cli.errors import run_reporting
 from lightning.cli.runner import run_runners
 from lightning.cli.store import serve_store
+from lightning.cli.token import app as token_app
 
 app = typer.Typer(
     add_completion=False,
@@ -53,6 +54,7 @@ def lightning(
 app.command("store")(serve_store)
 app.command("runner")(run_runners)
 app.command("demo")(run_demo)
+app.add_typer(token_app, name="token")
 
 
 def main() -> None:

@@ -29,7 +29,7 @@ def run_demo(
             "--connect",
             "-c",
             metavar="HOST:PORT",
-            help="Train through this store server, with the runners connected to it. "
+            help="Train through this store server (grpcs://HOST:PORT by TLS), with the runners connected to it. "
             "[dim]\\[default: start a server and runners for this training][/]",
         ),
     ] = None,
@@ -141,7 +141,7 @@ def _connected(address: str) -> Any:
     """A client of the server at `address`, which is known to be there."""
     import asyncio
 
-    from lightning.rpc import LightningStoreClient
+    from lightning.rpc import LightningStoreClient, PermissionDenied, Unauthenticated, UntrustedServerError
 
     async def greet() -> None:
         client = LightningStoreClient(address, retry_delays=())
@@ -151,7 +151,8 @@ def _connected(address: str) -> Any:
             await client.close()
 
     try:
-        asyncio.run(greet())
+        with reporting(ValueError, Unauthenticated, PermissionDenied, UntrustedServerError):
+            asyncio.run(greet())
     except (ConnectionError, TimeoutError, asyncio.TimeoutError):
         raise CommandError(
             f"there is no store server at {address}; start one with: lightning store"

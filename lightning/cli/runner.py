@@ -6,11 +6,14 @@ import asyncio
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lightning.cli.errors import EXIT_USAGE, CommandError, reporting
+
+if TYPE_CHECKING:
+    from lightning.rpc import LightningStoreClient
 
 _PATIENCE_SECONDS = 1.0
 """How long to wait for a server before saying that one waits for it."""
@@ -26,7 +29,13 @@ def run_runners(
         ),
     ],
     connect: Annotated[
-        str, typer.Option("--connect", "-c", metavar="HOST:PORT", help="The store server.")
+        str,
+        typer.Option(
+            "--connect",
+            "-c",
+            metavar="HOST:PORT",
+            help="The store server; grpcs://HOST:PORT by TLS.",
+        ),
     ] = "127.0.0.1:4747",
     n_runners: Annotated[int, typer.Option("-n", "--n", min=1, help="How many processes.")] = 1,
     concurrency: Annotated[
@@ -40,6 +49,36 @@ def run_runners(
             help="The workers are called NAME-0, NAME-1, … By default a name that is theirs alone.",
         ),
     ] = None,
+    tls_ca: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="The authorities that the server's certificate must come from (PEM). "
+            "[dim]\\[default: the public ones][/]",
+            show_default=False,
+        ),
+    ] = None,
+    tls_cert: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Our own certificate (PEM), for a server that asks for one.",
+        ),
+    ] = None,
+    tls_key: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Its private key (PEM)."),
+    ] = None,
+    token_file: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Holds the token to show the server; or set [bold]LIGHTNING_TOKEN[/].",
+        ),
+    ] = None,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Send the token to another machine although unencrypted.")
+    ] = False,
     wait: Annotated[
         float | None,
         typer.Option(
@@ -59,14 +98,24 @@ def run_runners(
 
       [bold]lightning runner agents.py:agent[/]
       [bold]lightning runner mypackage.agents:agent --connect host:4747 -n 8[/]
+      [bold]lightning runner agents.py:agent --connect grpcs://host:4747 --tls-ca ca.pem --token-file token[/]
     """
     from lightning.execution import ClientServerExecutionStrategy
     from lightning.execution.base import WORKER_PREFIX_VARIABLE
+    from lightning.rpc import LightningStoreClient
     from lightning.rpc.address import parse_endpoint
     from lightning.training import Trainer
 
     with reporting(ValueError, exit_code=EXIT_USAGE):
         endpoint = parse_endpoint(connect)
+        options: dict[str, Any] = {
+            "tls_ca": tls_ca,
+            "tls_cert": tls_cert,
+            "tls_key": tls_key,
+            "token_file": token_file,
+            "allow_insecure": insecure,
+        }
+        client = LightningStoreClient(connect, **options)
     sys.path.insert(
         0, str(Path.cwd())
     )  # as `python -m` does, so that modules of the current folder are found
@@ -74,27 +123,34 @@ def run_runners(
         os.environ[WORKER_PREFIX_VARIABLE] = worker_prefix
     with reporting(ValueError, TypeError, ImportError, exit_code=EXIT_USAGE):
         strategy = ClientServerExecutionStrategy(
-            role="runner", server_host=endpoint.host, server_port=endpoint.port, n_runners=n_runners
+            role="runner",
+            server_host=f"grpcs://{endpoint.host}" if endpoint.secure else endpoint.host,
+            server_port=endpoint.port,
+            n_runners=n_runners,
+            client_options=options,
         )
         trainer = Trainer(agent=agent, strategy=strategy, runner={"concurrency": concurrency})
-    asyncio.run(_wait_for_server(str(endpoint), wait))
-    typer.echo(f"{n_runners} runner{'s' if n_runners > 1 else ''} of {agent} at {endpoint}, Ctrl-C ends them")
+    asyncio.run(_wait_for_server(client, wait))
+    typer.echo(
+        f"{n_runners} runner{'s' if n_runners > 1 else ''} of {agent} at {client.endpoint}, Ctrl-C ends them"
+    )
     with reporting(RuntimeError, ConnectionError):
         trainer.run()
     typer.echo("the runners have ended, as they were told to")
 
 
-async def _wait_for_server(address: str, limit: float | None) -> None:
-    """Return when the server answers. Raises `CommandError` after `limit` seconds (None: never)."""
-    from lightning.rpc import LightningStoreClient
+async def _wait_for_server(client: LightningStoreClient, limit: float | None) -> None:
+    """Return when the server answers and lets us in. Raises `CommandError` after `limit` seconds (None: never)."""
+    from lightning.rpc import PermissionDenied, Unauthenticated, UntrustedServerError
 
-    client: Any = LightningStoreClient(address)
+    address = client.endpoint
     try:
         waiting = asyncio.ensure_future(client.wait_until_ready(limit))
         await asyncio.wait({waiting}, timeout=_PATIENCE_SECONDS)
         if not waiting.done():
             typer.echo(f"waiting for a store server at {address} …", err=True)
-        await waiting
+        with reporting(Unauthenticated, PermissionDenied, UntrustedServerError):
+            await waiting
     except (ConnectionError, TimeoutError, asyncio.TimeoutError):
         raise CommandError(
             f"there is no store server at {address} (waited {limit:g} s); start one with: lightning store"

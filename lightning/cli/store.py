@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import socket
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -30,9 +31,37 @@ def serve_store(
         bool,
         typer.Option(
             "--insecure",
-            help="Let other machines connect, without encryption or passwords: only where you trust the network.",
+            help="Let other machines connect without encryption: only where you trust everybody in the network.",
         ),
     ] = False,
+    tls_cert: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            envvar="LIGHTNING_SERVER_TLS_CERT",
+            help="The server's certificate (PEM): connections are by TLS.",
+        ),
+    ] = None,
+    tls_key: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", envvar="LIGHTNING_SERVER_TLS_KEY", help="Its private key (PEM)."),
+    ] = None,
+    tls_client_ca: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            envvar="LIGHTNING_SERVER_TLS_CLIENT_CA",
+            help="Turn away clients without a certificate of these authorities (PEM).",
+        ),
+    ] = None,
+    tokens: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            envvar="LIGHTNING_SERVER_TOKENS",
+            help="Ask for a token; those that are known, see [bold]lightning token[/].",
+        ),
+    ] = None,
 ) -> None:
     """Serve a store, until Ctrl-C or SIGTERM.
 
@@ -41,21 +70,31 @@ def serve_store(
     Examples:
 
       [bold]lightning store --port 4747[/]
-      [bold]lightning store --host 0.0.0.0 --insecure[/]   for runners on other machines
+      [bold]lightning store --host 0.0.0.0 --tls-cert cert.pem --tls-key key.pem --tokens tokens.json[/]
+      [bold]lightning store --host 0.0.0.0 --insecure[/]   the same for a network where everybody is trusted
     """
     from lightning.rpc import LightningStoreServer
     from lightning.rpc.address import is_loopback
     from lightning.store.open import full_url, open_store
     from lightning.store.persistence.abc import BackendError
 
-    if not insecure and not is_loopback(host):
+    if not insecure and tls_cert is None and not is_loopback(host):
         raise CommandError(
-            f"{host} can be reached from other machines, and nothing would be encrypted or protected; "
-            "add --insecure if you trust the network",
+            f"{host} can be reached from other machines, and nothing would be encrypted; give --tls-cert and "
+            "--tls-key, or add --insecure if you trust everybody in the network",
             EXIT_USAGE,
         )
     with reporting(ValueError, exit_code=EXIT_USAGE):
-        server = LightningStoreServer(open_store(backend), host, port, allow_insecure=insecure)
+        server = LightningStoreServer(
+            open_store(backend),
+            host,
+            port,
+            allow_insecure=insecure,
+            tls_cert=tls_cert,
+            tls_key=tls_key,
+            tls_client_ca=tls_client_ca,
+            tokens=tokens,
+        )
     with reporting(OSError, BackendError):
         asyncio.run(_serve(server, full_url(backend), host))
 
@@ -86,5 +125,6 @@ def _welcome(server: LightningStoreServer, backend: str, host: str) -> str:
         f'  trainers:  Trainer(store="{server.endpoint}", strategy={{"type": "cs", "role": "algorithm"}}, …)',
     ]
     if not is_loopback(host):
-        lines.append(f"  elsewhere: the same with {socket.gethostname()}:{server.port}")
+        scheme = "grpcs://" if server.endpoint.startswith("grpcs://") else ""
+        lines.append(f"  elsewhere: the same with {scheme}{socket.gethostname()}:{server.port}")
     return "\n".join(lines)

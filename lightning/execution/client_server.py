@@ -9,7 +9,7 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, Literal, TypeVar, cast, get_args
 
 from lightning.execution.base import (
@@ -74,8 +74,12 @@ class ClientServerExecutionStrategy(ExecutionStrategy):
         store_url: Which store the server opens when `execute` is given none, see `open_store`.
         restart_budget: How often a runner process that died is started again within a minute.
         connect_timeout: Seconds that role `"runner"` waits for the server to appear.
-        allow_insecure: Whether the server may listen where other machines reach it: nothing is encrypted, and whoever
-            can connect is let in.
+        allow_insecure: Whether the server may listen where other machines reach it although nothing is encrypted, and
+            clients may send their token to such a one.
+        server_options: Further options of the `LightningStoreServer`, such as `tls_cert`, `tls_key` and `tokens`. The
+            job's own processes are let in without further ado.
+        client_options: Options of the `LightningStoreClient`, such as `tls_ca` and `token`; for role `"runner"` mostly,
+            which connects by TLS if one of them is about that or `server_host` begins with `grpcs://`.
 
     The peer's variables `AGL_CURRENT_ROLE`, `AGL_SERVER_HOST`, `AGL_SERVER_PORT` and `AGL_MANAGED_STORE` are honoured
     where ours are not set.
@@ -101,6 +105,8 @@ class ClientServerExecutionStrategy(ExecutionStrategy):
         restart_budget: int = 3,
         connect_timeout: float = 60.0,
         allow_insecure: bool = False,
+        server_options: Mapping[str, Any] | None = None,
+        client_options: Mapping[str, Any] | None = None,
     ) -> None:
         self.role: Role = _setting("role", role, _ROLE_VARIABLES, _read_role, "both")
         self.server_host = _setting("server_host", server_host, _variables("SERVER_HOST"), str, _DEFAULT_HOST)
@@ -118,6 +124,8 @@ class ClientServerExecutionStrategy(ExecutionStrategy):
         self.restart_budget = restart_budget
         self.connect_timeout = connect_timeout
         self.allow_insecure = allow_insecure
+        self.server_options = {"allow_insecure": allow_insecure, **(server_options or {})}
+        self.client_options = {"allow_insecure": allow_insecure, **(client_options or {})}
         self._check()
 
     def _check(self) -> None:
@@ -193,15 +201,15 @@ class _Execution:
                 return GivenStore(store)
             if isinstance(store, LightningStoreServer):
                 return ServedStore(store, own=False)
-            server = LightningStoreServer(
-                LentStore(store), host, port, allow_insecure=settings.allow_insecure
-            )
+            server = LightningStoreServer(LentStore(store), host, port, **settings.server_options)
             return ServedStore(server, own=True)
         if settings.role == "runner":
-            return RemoteServer(f"{host}:{port}", settings.connect_timeout)
+            return RemoteServer(f"{host}:{port}", settings.connect_timeout, settings.client_options)
         if not settings.managed_store:
             raise ValueError("managed_store=False needs a store: there would be none for the job")
-        return ServerProcess(self.job, settings.store_url, host, port, settings.allow_insecure)
+        return ServerProcess(
+            self.job, settings.store_url, host, port, settings.server_options, settings.client_options
+        )
 
     def _fleet(self) -> RunnerFleet:
         prefix = os.environ.get(WORKER_PREFIX_VARIABLE)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import pickle
 import signal
+from collections.abc import Mapping
+from typing import Any
 
 from lightning.execution.base import AlgorithmBundle, RunnerBundle
 from lightning.execution.child import ParentLink
@@ -32,8 +34,11 @@ async def run_algorithm(link: ParentLink, algorithm: AlgorithmBundle, event: Exe
         await store.close()
 
 
-async def serve_store(link: ParentLink, url: str, host: str, port: int, allow_insecure: bool) -> None:
-    """Serve the store at `url` until the parent says why to stop, or a signal tells to; reports the endpoint."""
+async def serve_store(
+    link: ParentLink, url: str, host: str, port: int, server_options: Mapping[str, Any]
+) -> None:
+    """Serve the store at `url` until the parent says why to stop, or a signal tells to; reports the endpoint, and what
+    a client needs to be let in."""
     from lightning.rpc.server import LightningStoreServer
 
     told = asyncio.ensure_future(link.receive())
@@ -41,11 +46,11 @@ async def serve_store(link: ParentLink, url: str, host: str, port: int, allow_in
         asyncio.get_running_loop().add_signal_handler(number, told.cancel)
     store = open_store(url)
     try:
-        server = LightningStoreServer(store, host, port, allow_insecure=allow_insecure)
+        server = LightningStoreServer(store, host, port, **server_options)
         await server.start()
         try:
             await server.statistics()  # opens the backend, so that what is wrong with it is said now
-            link.report(server.endpoint)
+            link.report((server.endpoint, server.client_options))
             await asyncio.wait({told})
         finally:
             reason = "it was told to stop" if told.cancelled() else told.result()

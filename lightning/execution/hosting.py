@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import cloudpickle
@@ -102,10 +103,10 @@ class _Client(StoreHost):
         assert self._client is not None
         return self._client
 
-    def _connect(self, endpoint: str) -> None:
+    def _connect(self, endpoint: str, options: Mapping[str, Any]) -> None:
         from lightning.rpc.client import LightningStoreClient
 
-        self._client = LightningStoreClient(endpoint)
+        self._client = LightningStoreClient(endpoint, **options)
 
     async def stop(self) -> None:
         if self._client is not None:
@@ -116,18 +117,20 @@ class RemoteServer(_Client):
     """A server that runs already, or soon will.
 
     Args:
-        endpoint: Its address, `host:port`.
+        endpoint: Its address, as `LightningStoreClient` takes it.
         connect_timeout: How long to wait for it, in seconds.
+        client_options: Options of the `LightningStoreClient`.
     """
 
     exclusive = False
 
-    def __init__(self, endpoint: str, connect_timeout: float) -> None:
+    def __init__(self, endpoint: str, connect_timeout: float, client_options: Mapping[str, Any]) -> None:
         self._endpoint = endpoint
+        self._client_options = client_options
         self._connect_timeout = connect_timeout
 
     async def start(self) -> None:
-        self._connect(self._endpoint)
+        self._connect(self._endpoint, self._client_options)
         await self.store.wait_until_ready(self._connect_timeout)
 
 
@@ -139,14 +142,24 @@ class ServerProcess(_Client):
         url: Names the store's backend, see `open_store`.
         host: Address to listen at.
         port: Port to listen at; 0 picks one.
-        allow_insecure: Whether other machines may connect.
+        server_options: Options of the `LightningStoreServer`.
+        client_options: Options of the `LightningStoreClient`, before those that the server itself has for its owner.
     """
 
     exclusive = True
 
-    def __init__(self, job: Job, url: str, host: str, port: int, allow_insecure: bool) -> None:
+    def __init__(
+        self,
+        job: Job,
+        url: str,
+        host: str,
+        port: int,
+        server_options: Mapping[str, Any],
+        client_options: Mapping[str, Any],
+    ) -> None:
         self._job = job
-        entry = functools.partial(serve_store, url=url, host=host, port=port, allow_insecure=allow_insecure)
+        self._client_options = client_options
+        entry = functools.partial(serve_store, url=url, host=host, port=port, server_options=server_options)
         self._payload = Payload(entry, "the store's settings")
         self._child: ChildProcess | None = None
         self._watch: asyncio.Task[None] | None = None
@@ -159,7 +172,8 @@ class ServerProcess(_Client):
 
     async def start(self) -> None:
         assert self._child is not None
-        self._connect(await asyncio.shield(self._child.reported))
+        endpoint, own_options = await asyncio.shield(self._child.reported)
+        self._connect(endpoint, {**own_options, **self._client_options})
 
     async def _fail_with(self, child: ChildProcess) -> None:
         await asyncio.wait({child.exited})

@@ -12,6 +12,7 @@ from lightning.rpc.errors import (
     StoreInternalError,
     StoreUnavailableError,
     Unauthenticated,
+    UntrustedServerError,
 )
 from lightning.rpc.server import LightningStoreServer
 
@@ -25,4 +26,5 @@ __all__ = [
     "StoreInternalError",
     "StoreUnavailableError",
     "Unauthenticated",
+    "UntrustedServerError",
 ]

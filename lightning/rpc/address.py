@@ -5,12 +5,13 @@ from __future__ import annotations
 import ipaddress
 import re
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from urllib.parse import urlsplit
 
 DEFAULT_PORT = 4747
 
-_SCHEMES = ("http", "grpc")
+_SCHEMES = {"http": False, "grpc": False, "https": True, "grpcs": True}
+"""What may stand before an address, and whether the connection is then encrypted."""
 _MAX_PORT = 65535
 _WILDCARDS = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}
 """Addresses to listen at that mean "everywhere", and where to reach such a server from its own machine."""
@@ -22,8 +23,15 @@ class Endpoint:
 
     host: str
     port: int
+    secure: bool | None = None
+    """Whether by TLS; None: the address does not say."""
 
     def __str__(self) -> str:
+        return f"grpcs://{self.target}" if self.secure else self.target
+
+    @property
+    def target(self) -> str:
+        """As gRPC writes it, without the scheme."""
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
     @property
@@ -34,11 +42,12 @@ class Endpoint:
     @property
     def reachable(self) -> Endpoint:
         """This endpoint as clients on the same machine write it: not a wildcard."""
-        return Endpoint(_WILDCARDS.get(self.host, self.host), self.port)
+        return replace(self, host=_WILDCARDS.get(self.host, self.host))
 
 
 def parse_endpoint(address: str) -> Endpoint:
-    """Read `host:port`, `http://host:port` or `grpc://host:port`; IPv6 hosts stand in brackets.
+    """Read `host:port`; IPv6 hosts stand in brackets. `grpcs://` or `https://` before it asks for TLS, `grpc://` or
+    `http://` for none.
 
     Raises:
         TypeError: `address` is not a string.
@@ -48,7 +57,7 @@ def parse_endpoint(address: str) -> Endpoint:
         raise TypeError(f"a store's address must be a string like 'localhost:4747', not {address!r}")
     scheme, separator, rest = address.strip().rpartition("://")
     if separator and scheme.lower() not in _SCHEMES:
-        raise _bad(address, f"the scheme {scheme!r} is not known, use grpc:// or http:// or none")
+        raise _bad(address, f"the scheme {scheme!r} is not known, use grpc:// or grpcs:// (with TLS) or none")
     try:
         parts = urlsplit(f"//{rest}")
         host, port = parts.hostname, parts.port
@@ -60,7 +69,7 @@ def parse_endpoint(address: str) -> Endpoint:
         raise _bad(address, "the host is missing or malformed")
     if not port:
         raise _bad(address, f"the port is missing, as in '{host}:{DEFAULT_PORT}'")
-    return Endpoint(host, port)
+    return Endpoint(host, port, _SCHEMES[scheme.lower()] if separator else None)
 
 
 def check_listener(host: str, port: int) -> Endpoint:

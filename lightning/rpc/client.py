@@ -6,6 +6,7 @@ import math
 import time
 import weakref
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from os import getpid, urandom
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -18,6 +19,7 @@ from lightning.codec.building import build, encode_object
 from lightning.rpc import loop
 from lightning.rpc.address import parse_endpoint
 from lightning.rpc.connection import Connection
+from lightning.rpc.credentials import FilePath, find_credentials
 from lightning.rpc.options import ClientOptions
 from lightning.rpc.reads import RemoteReads
 from lightning.rpc.relay import RelayedConnection
@@ -60,13 +62,14 @@ _READY_TIMEOUT_SECONDS = 60.0
 class LightningStoreClient(RemoteReads):
     """A store that is served elsewhere.
 
-    May be used from any thread and event loop. Pickled, it takes only its address and options along. It connects when
-    it is first used. Calls that fail because the server is away are repeated under the same request id, so that
-    nothing happens twice; when it stays away they raise `StoreUnavailableError`. All other errors are raised as the
-    store raised them.
+    May be used from any thread and event loop. Pickled, it takes only its address and options along: the names of files
+    of certificates, and a token as it is. It connects when it is first used. Calls that fail because the server is away
+    are repeated under the same request id, so that nothing happens twice; when it stays away they raise
+    `StoreUnavailableError`. All other errors are raised as the store raised them.
 
     Args:
-        address: `"host:port"`, also with `http://` or `grpc://` before it.
+        address: `"host:port"`, or `"grpcs://host:port"` for a connection by TLS, which the options about TLS ask for
+            too. `grpc://` and `http://` mean without TLS, `https://` with it.
         retry_delays: How long to wait before each repetition of a call, in seconds; their number is that of
             repetitions.
         health_retry_delays: Before a repetition the server must answer a health check; how long to wait between
@@ -74,9 +77,18 @@ class LightningStoreClient(RemoteReads):
         request_timeout: How long one try of a call may take, in seconds, beside what it waits for.
         connection_timeout: How long one try to connect, or one health check, may take, in seconds.
         max_message_bytes: The largest answer that is accepted.
+        tls_ca: The file of the authorities that the server's certificate must come from (PEM). None:
+            `LIGHTNING_TLS_CA`, else the public ones.
+        tls_cert: The file of the client's own certificate (PEM), for a server that asks for one, and
+        tls_key: of its private key. None: `LIGHTNING_TLS_CERT` and `LIGHTNING_TLS_KEY`.
+        tls_server_name: The name to find in the server's certificate, if it is not the host in the address.
+        token: Shows the server who calls. None: `LIGHTNING_TOKEN`.
+        token_file: A file that holds the token, and is read again when it changes. None: `LIGHTNING_TOKEN_FILE`.
+        allow_insecure: Whether a token may be sent to another machine unencrypted.
 
     Raises:
-        ValueError: The address cannot be read, or an option is out of range.
+        ValueError: The address cannot be read, an option is out of range, a file is of no use, or options contradict
+            each other.
     """
 
     def __init__(
@@ -88,14 +100,33 @@ class LightningStoreClient(RemoteReads):
         request_timeout: float = ClientOptions.request_timeout,
         connection_timeout: float = ClientOptions.connection_timeout,
         max_message_bytes: int = ClientOptions.max_message_bytes,
+        tls_ca: FilePath | None = None,
+        tls_cert: FilePath | None = None,
+        tls_key: FilePath | None = None,
+        tls_server_name: str | None = None,
+        token: str | None = None,
+        token_file: FilePath | None = None,
+        allow_insecure: bool = False,
     ) -> None:
-        self._endpoint = parse_endpoint(address)
+        endpoint = parse_endpoint(address)
+        credentials = find_credentials(
+            endpoint,
+            tls_ca=tls_ca,
+            tls_cert=tls_cert,
+            tls_key=tls_key,
+            tls_server_name=tls_server_name,
+            token=token,
+            token_file=token_file,
+            allow_insecure=allow_insecure,
+        )
+        self._endpoint = replace(endpoint, secure=credentials.tls is not None)
         self._options = ClientOptions(
             retry_delays=tuple(retry_delays),
             health_retry_delays=tuple(health_retry_delays),
             request_timeout=request_timeout,
             connection_timeout=connection_timeout,
             max_message_bytes=max_message_bytes,
+            credentials=credentials,
         )
         self._connection: Connection | RelayedConnection | None = None
         self._closed = False
@@ -104,12 +135,19 @@ class LightningStoreClient(RemoteReads):
 
     @property
     def endpoint(self) -> str:
-        """The server's address, as `host:port`."""
+        """The server's address, as `host:port`, or `grpcs://host:port` where the connection is by TLS."""
         return str(self._endpoint)
 
     async def wait_until_ready(self, timeout: float | None = _READY_TIMEOUT_SECONDS) -> None:
-        """Wait until the server is there. Raises `StoreUnavailableError` after `timeout` seconds (None: never)."""
+        """Wait until the server is there, and lets us in.
+
+        Raises:
+            StoreUnavailableError: It is not, after `timeout` seconds (None: never).
+            UntrustedServerError: No secure connection can be made.
+            Unauthenticated: The server wants another token.
+        """
         await self._connect().wait_until_ready(timeout)
+        await self._call("GetServerInfo", pb.GetServerInfoRequest())
 
     async def close(self) -> None:
         """Close the connection; the store stays as it is. Calls after that raise `RuntimeError`."""

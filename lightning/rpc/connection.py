@@ -20,12 +20,14 @@ from lightningpb.v1.store_service_pb2_grpc import LightningStoreServiceStub
 
 from lightning.rpc import loop
 from lightning.rpc.address import Endpoint
+from lightning.rpc.credentials import BearerChannel
 from lightning.rpc.errors import (
     StoreDrainingError,
     StoreUnavailableError,
     from_status,
     is_connection_failure,
     is_draining,
+    tls_problem,
 )
 from lightning.rpc.options import ClientOptions
 from lightning.rpc.sessions import CommandSession
@@ -60,6 +62,7 @@ class Connection:
         self._health: Any = None
         self._sessions: dict[tuple[str, str | None], CommandSession] = {}
         self._closed = False
+        self._last_failure: AioRpcError | None = None
 
     # --- From any event loop ---
 
@@ -121,10 +124,12 @@ class Connection:
     def stub(self) -> Any:
         """The methods; the channel is made when they are first asked for, for it belongs to the loop it is made on."""
         if self._stub is None:
-            self._channel = grpc.aio.insecure_channel(
-                str(self.endpoint), options=self.options.channel_options(self.endpoint)
+            credentials = self.options.credentials
+            self._channel = credentials.open_channel(
+                self.endpoint, self.options.channel_options(self.endpoint)
             )
-            self._stub = LightningStoreServiceStub(self._channel)
+            bearing: Any = BearerChannel(self._channel, credentials.metadata())
+            self._stub = LightningStoreServiceStub(bearing)
             self._health = health_pb2_grpc.HealthStub(self._channel)
         return self._stub
 
@@ -159,6 +164,7 @@ class Connection:
             raise self.closed_error()
         if not is_connection_failure(error):
             raise from_status(error, str(self.endpoint))
+        self._raise_if_untrusted(error)
 
     async def _unary(self, method: str, request: Any, timeout: float) -> Any:
         call = getattr(self.stub(), method)
@@ -205,10 +211,17 @@ class Connection:
         request = health_pb2.HealthCheckRequest(service=_HEALTH_SERVICE)
         try:
             answer = await self._health.Check(request, timeout=self.options.connection_timeout)
-        except AioRpcError:
+        except AioRpcError as error:
+            self._raise_if_untrusted(error)
+            self._last_failure = error
             return False
         serving: bool = answer.status == health_pb2.HealthCheckResponse.SERVING
         return serving
+
+    def _raise_if_untrusted(self, error: AioRpcError) -> None:
+        problem = tls_problem(error, self.endpoint)
+        if problem is not None:
+            raise problem from None
 
     async def _wait_until_ready(self, timeout: float | None) -> None:
         deadline = math.inf if timeout is None else time.monotonic() + timeout
@@ -217,8 +230,7 @@ class Connection:
             rest = deadline - time.monotonic()
             if rest <= 0:
                 raise StoreUnavailableError(
-                    f"no store answered at {self.endpoint} in time ({timeout} s); is the address right, and is "
-                    "`lightning store` running there?"
+                    f"no store answered at {self.endpoint} in time ({timeout} s). {self._advice(self._last_failure)}"
                 )
             await asyncio.sleep(min(pause, rest))
             pause = min(2 * pause, _MAX_PROBE_PAUSE_SECONDS)
@@ -239,5 +251,13 @@ class Connection:
         kind = StoreDrainingError if is_draining(error) else StoreUnavailableError
         return kind(
             f"the store at {self.endpoint} is unavailable: {error.details() or error.code().name} "
-            f"({tries} tries, {seconds:.0f} s). Is the address right, and is `lightning store` running there?"
+            f"({tries} tries, {seconds:.0f} s). {self._advice(error)}"
         )
+
+    def _advice(self, error: AioRpcError | None) -> str:
+        advice = "Is the address right, and is `lightning store` running there?"
+        if error is None or "Socket closed" not in (error.details() or ""):
+            return advice
+        if self.endpoint.secure:  # the server does not tell why
+            return f"{advice} If it asks for a certificate of clients: are tls_cert and tls_key given, and still valid?"
+        return f"{advice} If it speaks TLS, the address begins with grpcs://."

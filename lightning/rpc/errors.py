@@ -6,7 +6,8 @@ subclass `UnknownIdError`), `TypeError`, `NotImplementedError`, `RuntimeError` (
 
     RemoteStoreError
     ├── StoreUnavailableError    the server stays away, or cannot reach its storage; also a ConnectionError
-    │   └── StoreDrainingError   the server is shutting down
+    │   ├── StoreDrainingError   the server is shutting down
+    │   └── UntrustedServerError no secure connection: the message says what is wrong with whose certificate
     ├── StoreInternalError       the server or its store has a defect; the server's log has the traceback
     ├── LimitExceededError       the message says which limit, and which setting raises it
     ├── Unauthenticated          no credentials, or bad ones
@@ -22,12 +23,14 @@ import asyncio
 import logging
 import uuid
 from dataclasses import dataclass
+from typing import Any, NoReturn
 
 from google.protobuf.message import DecodeError
 from grpc import StatusCode
-from grpc.aio import AioRpcError
+from grpc.aio import AioRpcError, ServicerContext
 from lightningpb.v1 import errors_pb2
 
+from lightning.rpc.address import Endpoint
 from lightning.store.broker import BrokerClosed
 from lightning.store.contract import UnknownIdError
 from lightning.store.persistence.abc import SpansEvictedError
@@ -52,6 +55,11 @@ class StoreUnavailableError(RemoteStoreError, ConnectionError):
 
 class StoreDrainingError(StoreUnavailableError):
     """The server is shutting down and takes no new calls."""
+
+
+class UntrustedServerError(StoreUnavailableError):
+    """No secure connection could be made: what answered does not speak TLS, or its certificate is not one that this
+    client trusts."""
 
 
 class StoreInternalError(RemoteStoreError):
@@ -109,8 +117,23 @@ _CONNECTION_REASONS = frozenset({errors_pb2.ERROR_REASON_UNAVAILABLE, errors_pb2
 _CONNECTION_STATUSES = frozenset(
     {StatusCode.UNAVAILABLE, StatusCode.DEADLINE_EXCEEDED, StatusCode.CANCELLED, StatusCode.UNKNOWN}
 )
-_BROKEN_STREAM_SIGNS = ("RST_STREAM", "GOAWAY", "stream terminated", "transport", "connection", "EOF")
-"""How the C core words a connection that broke in mid-call, which it may call INTERNAL."""
+_BROKEN_STREAM_SIGNS = (
+    *("RST_STREAM", "GOAWAY", "stream terminated", "transport", "connection", "EOF"),
+    "Internal error from Core",
+)
+"""How the C core words a connection that broke in mid-call, which it may call INTERNAL; the last is what a client says
+whose message came too late for a stream that the server has ended, so that why it did is not known."""
+
+_TLS_PROBLEMS = {
+    "certificate has expired": "the server's certificate has expired; whoever runs the server must renew it",
+    "certificate is not yet valid": "the server's certificate is not valid yet; are both clocks right?",
+    "Hostname Verification Check failed": "the server's certificate is for another name; connect to the name that it "
+    "is for, or give that as tls_server_name",
+    "CERTIFICATE_VERIFY_FAILED": "the server's certificate comes from an authority that this client does not trust; "
+    "give the authority's certificate as tls_ca (LIGHTNING_TLS_CA, --tls-ca)",
+    "WRONG_VERSION_NUMBER": "what answers there does not speak TLS; without it the address begins with grpc://",
+}
+"""What the C core says of a connection that it could not make, and what that means to people. The first counts."""
 
 
 @dataclass(frozen=True)
@@ -143,6 +166,13 @@ def to_failure(error: Exception) -> Failure:
     return Failure(row.status, _cut(message, _MAX_STATUS_MESSAGE_BYTES), detail.SerializeToString())
 
 
+async def abort(context: ServicerContext[Any, Any], failure: Failure) -> NoReturn:
+    """End a call with a failure. Always raises."""
+    metadata = ((DETAIL_METADATA_KEY, failure.detail),)
+    await context.abort(failure.status, failure.message, trailing_metadata=metadata)
+    raise AssertionError("abort raises")
+
+
 def from_status(error: AioRpcError, endpoint: str) -> Exception:
     """The exception that a client raises for a call that failed; `endpoint` is whom it called."""
     detail = _detail_of(error)
@@ -168,6 +198,15 @@ def is_connection_failure(error: AioRpcError) -> bool:
     if error.code() is StatusCode.INTERNAL:
         return any(sign in (error.details() or "") for sign in _BROKEN_STREAM_SIGNS)
     return error.code() in _CONNECTION_STATUSES
+
+
+def tls_problem(error: AioRpcError, endpoint: Endpoint) -> UntrustedServerError | None:
+    """What is wrong if a call failed because no secure connection could be made, for a reason that stays."""
+    said = error.details() or ""
+    for sign, problem in _TLS_PROBLEMS.items():
+        if endpoint.secure and sign in said:
+            return UntrustedServerError(f"no secure connection to {endpoint}: {problem}")
+    return None
 
 
 def is_draining(error: AioRpcError) -> bool:

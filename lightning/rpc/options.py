@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning.rpc.address import Endpoint
+from lightning.rpc.credentials import PLAIN, Credentials
 
 DEFAULT_MAX_MESSAGE_BYTES = 256 * 1024 * 1024
 _LARGEST_MESSAGE_BYTES = 2**31 - 1
@@ -40,6 +41,7 @@ class ClientOptions:
     request_timeout: float = 30.0
     connection_timeout: float = 5.0
     max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES
+    credentials: Credentials = PLAIN
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "retry_delays", _check_delays(self.retry_delays, "retry_delays"))

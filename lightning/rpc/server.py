@@ -8,24 +8,30 @@ import logging
 import os
 import weakref
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any
 
 import grpc.aio
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from lightning.rpc import loop
 from lightning.rpc.address import (
     DEFAULT_PORT,
-    Endpoint,
     check_listener,
     check_port_is_free,
     listen_error,
     parse_endpoint,
 )
 from lightning.rpc.client import LightningStoreClient
+from lightning.rpc.credentials import FilePath
+from lightning.rpc.health import Health
+from lightning.rpc.interception import Reception
 from lightning.rpc.options import ServerLimits
+from lightning.rpc.security import Guard
 from lightning.rpc.service import SERVICE_NAME, StoreService
+from lightning.rpc.tls import ServerTls, check_together
+from lightning.rpc.tokens import make_token
 from lightning.store.contract import LightningStore
 from lightning.store.forwarding import ForwardingStore, complete
 from lightning.store.threaded import LoopThread
@@ -43,7 +49,7 @@ class LightningStoreServer(ForwardingStore):
     """Serves a store over gRPC, and is a store itself.
 
     In the process that made it, its verbs go straight to the store. Pickled into another process, or forked, it
-    carries only the address and is a client.
+    carries only the address, and what it takes to be let in, and is a client.
 
     Args:
         store: What to serve: a `LightningStore`, or any object with its methods. It is called on an event loop in a
@@ -51,6 +57,12 @@ class LightningStoreServer(ForwardingStore):
         host: The address to listen at.
         port: The port; 0 picks a free one when the server starts.
         allow_insecure: Whether others than this machine may connect, unencrypted.
+        tls_cert: The file of the server's certificate (PEM), and
+        tls_key: of its private key; then connections are by TLS. They are read again when they change.
+        tls_client_ca: The file of the authorities (PEM) that clients' certificates must come from; then clients without
+            such a certificate are turned away.
+        tokens: The file of the tokens that clients must show, see `lightning token`. It is read again when it changes.
+            None: no tokens are asked for.
         max_message_bytes: The largest message that is taken or sent.
         max_wait_seconds: How long a call that waits (for work, for rollouts) is held before the client must ask again.
         remembered_seconds: How long the outcome of a call is kept for a client that lost the answer and repeats the
@@ -59,7 +71,8 @@ class LightningStoreServer(ForwardingStore):
 
     Raises:
         TypeError: `store` lacks a method, or an argument is of a wrong type.
-        ValueError: An argument is out of range, or `host` is not of this machine only and `allow_insecure` is not set.
+        ValueError: An argument is out of range, a file is of no use, or `host` is not of this machine only and there is
+            neither a certificate nor `allow_insecure`.
     """
 
     def __init__(
@@ -69,6 +82,10 @@ class LightningStoreServer(ForwardingStore):
         port: int = DEFAULT_PORT,
         *,
         allow_insecure: bool = False,
+        tls_cert: FilePath | None = None,
+        tls_key: FilePath | None = None,
+        tls_client_ca: FilePath | None = None,
+        tokens: FilePath | None = None,
         max_message_bytes: int = ServerLimits.max_message_bytes,
         max_wait_seconds: float = ServerLimits.max_wait_seconds,
         remembered_seconds: float = ServerLimits.remembered_seconds,
@@ -80,12 +97,17 @@ class LightningStoreServer(ForwardingStore):
             remembered_seconds=remembered_seconds,
             remembered_bytes=remembered_bytes,
         )
-        self._endpoint = check_listener(host, port)
-        if not allow_insecure and not self._endpoint.is_loopback:
+        self._tls = _tls(tls_cert, tls_key, tls_client_ca)
+        self._endpoint = replace(check_listener(host, port), secure=self._tls is not None)
+        if self._tls is None and not allow_insecure and not self._endpoint.is_loopback:
             raise ValueError(
-                f"{host!r} is reachable from other machines, and the connection would be neither encrypted nor "
-                "authenticated; say allow_insecure=True if that is what you want, or listen at 127.0.0.1"
+                f"{host!r} is reachable from other machines, and the connection would not be encrypted; give it a "
+                "certificate (tls_cert and tls_key), listen at 127.0.0.1, or say allow_insecure=True if you trust "
+                "everybody in the network"
             )
+        self._owner_token = None if tokens is None else make_token()
+        self._guard = None if self._owner_token is None else Guard(str(tokens), self._owner_token)
+        self._client_options = self._options_for_clients()
         self._owner_pid: int | None = os.getpid()
         self._store: LightningStore = complete(store)
         self._store_class = type(store).__name__
@@ -112,7 +134,7 @@ class LightningStoreServer(ForwardingStore):
             loop.release()
             raise
         self._running.end_with(self)
-        self._endpoint = Endpoint(self._endpoint.host, self._running.port)
+        self._endpoint = replace(self._endpoint, port=self._running.port)
         logger.info("serving %s at %s", self._store_class, self._endpoint)
 
     async def stop(
@@ -165,8 +187,8 @@ class LightningStoreServer(ForwardingStore):
 
     @property
     def endpoint(self) -> str:
-        """Where clients on this machine reach it, as `host:port`. Raises `RuntimeError` while the port is not
-        picked."""
+        """Where clients on this machine reach it: `host:port`, or `grpcs://host:port` if by TLS. Raises `RuntimeError`
+        while the port is not picked."""
         if not self._endpoint.port:
             raise RuntimeError("port 0 becomes a port when the server starts; start it first")
         return str(self._endpoint.reachable)
@@ -175,6 +197,12 @@ class LightningStoreServer(ForwardingStore):
     def port(self) -> int:
         """The port; 0 if one is to be picked when the server starts."""
         return self._endpoint.port
+
+    @property
+    def client_options(self) -> dict[str, Any]:
+        """What the owner's `LightningStoreClient` on this machine needs to be let in. It may hold a secret that allows
+        everything, and is valid as long as this server lives; hand it to nobody else."""
+        return dict(self._client_options)
 
     # --- As a store ---
 
@@ -192,14 +220,14 @@ class LightningStoreServer(ForwardingStore):
         return await (call if running is None else running.thread.run(call))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"endpoint": self.endpoint, "max_message_bytes": self._limits.max_message_bytes}
+        return {"endpoint": self.endpoint, "client_options": self._client_options}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._owner_pid = None
         self._running = None
         self._client = None
         self._endpoint = parse_endpoint(state["endpoint"])
-        self._limits = ServerLimits(max_message_bytes=state["max_message_bytes"])
+        self._client_options = state["client_options"]
 
     @property
     def _is_owner(self) -> bool:
@@ -207,18 +235,34 @@ class LightningStoreServer(ForwardingStore):
 
     def _as_client(self) -> LightningStoreClient:
         if self._client is None:
-            self._client = LightningStoreClient(
-                self.endpoint, max_message_bytes=self._limits.max_message_bytes
-            )
+            self._client = LightningStoreClient(self.endpoint, **self._client_options)
         return self._client
+
+    def _options_for_clients(self) -> dict[str, Any]:
+        options: dict[str, Any] = {
+            "max_message_bytes": self._limits.max_message_bytes,
+            "allow_insecure": True,
+        }
+        if self._owner_token is not None:
+            options["token"] = self._owner_token
+        if self._tls is not None:
+            options["tls_ca"] = self._tls.cert  # trusts this one certificate, whoever issued it
+            names = self._tls.check()
+            if self._endpoint.reachable.host not in names:
+                options["tls_server_name"] = next(name for name in names if not name.startswith("*"))
+            if self._tls.client_ca is not None:
+                options.update(tls_cert=self._tls.cert, tls_key=self._tls.key)
+        return options
 
     # --- On the loop of gRPC ---
 
     async def _serve(self, thread: LoopThread) -> _Running:
         check_port_is_free(self._endpoint)
-        server = grpc.aio.server(options=self._limits.channel_options())
+        server = grpc.aio.server(
+            options=self._limits.channel_options(), interceptors=(Reception(self._guard),)
+        )
         service = StoreService(self._store, self._store_class, self._limits)
-        checks = _Health()
+        checks = Health()
         server.add_generic_rpc_handlers((service.generic_handler(),))
         health_pb2_grpc.add_HealthServicer_to_server(checks, server)
         reflection.enable_server_reflection(
@@ -230,7 +274,10 @@ class LightningStoreServer(ForwardingStore):
             server,
         )
         try:
-            port = server.add_insecure_port(str(self._endpoint))
+            if self._tls is None:
+                port = server.add_insecure_port(self._endpoint.target)
+            else:
+                port = server.add_secure_port(self._endpoint.target, self._tls.credentials())
         except RuntimeError as error:  # taken since we looked
             raise listen_error(self._endpoint, None, str(error)) from None
         await server.start()
@@ -248,11 +295,20 @@ class LightningStoreServer(ForwardingStore):
         await running.service.close()
 
 
+def _tls(cert: FilePath | None, key: FilePath | None, client_ca: FilePath | None) -> ServerTls | None:
+    check_together(tls_cert=cert, tls_key=key)
+    if cert is None or key is None:
+        if client_ca is not None:
+            raise ValueError("tls_client_ca is given without tls_cert and tls_key")
+        return None
+    return ServerTls(str(cert), str(key), None if client_ca is None else str(client_ca))
+
+
 class _Running:
     """What exists while a server serves."""
 
     def __init__(
-        self, thread: LoopThread, server: grpc.aio.Server, service: StoreService, health: _Health, port: int
+        self, thread: LoopThread, server: grpc.aio.Server, service: StoreService, health: Health, port: int
     ) -> None:
         self.thread = thread
         self.server = server
@@ -287,29 +343,3 @@ class _Running:
     async def wait_until_stopped(self) -> None:
         # shielded, for cancelling one that waits must not tell the others that the server stopped
         await asyncio.shield(asyncio.wrap_future(self.stopped))
-
-
-class _Health(health.aio.HealthServicer):
-    """Standard health checking, whose watches end with the server."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._watches: set[asyncio.Task[None]] = set()
-        self._ended = False
-
-    async def Watch(self, request: Any, context: Any) -> None:
-        watch = asyncio.ensure_future(super().Watch(request, context))
-        self._watches.add(watch)
-        try:
-            await watch
-        except asyncio.CancelledError:
-            if not self._ended:
-                raise
-        finally:
-            self._watches.discard(watch)
-
-    def end_watches(self) -> None:
-        """End the calls that watch."""
-        self._ended = True
-        for watch in self._watches:
-            watch.cancel()

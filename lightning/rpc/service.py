@@ -20,10 +20,10 @@ from lightningpb.v1 import store_service_pb2 as pb
 
 from lightning import codec
 from lightning.rpc.errors import (
-    DETAIL_METADATA_KEY,
     Failure,
     LimitExceededError,
     StoreDrainingError,
+    abort,
     to_failure,
 )
 from lightning.rpc.handlers import QUERY_HANDLERS, UNARY_HANDLERS, Found, QueryHandler, UnaryHandler
@@ -158,8 +158,7 @@ class StoreService:
             with self._call():
                 outcome = await admit(data)
                 if isinstance(outcome, Failure):
-                    await _abort(context, outcome)
-                    return b""  # not reached: abort raises
+                    await abort(context, outcome)
                 return outcome
 
         return handle
@@ -208,7 +207,7 @@ class StoreService:
                         failure = to_failure(error)
                         break
                     await context.write(response)
-            await _abort(context, failure)
+            await abort(context, failure)
 
     def _refuse_while_draining(self) -> None:
         if self._drain_reason is not None:
@@ -262,9 +261,3 @@ def _parse(request_class: type[Message], data: bytes) -> Any:
         return request_class.FromString(data)
     except DecodeError:
         raise ValueError(f"the request is not a {request_class.DESCRIPTOR.full_name}") from None
-
-
-async def _abort(context: Context, failure: Failure) -> None:
-    """Ends the call. Always raises."""
-    metadata = ((DETAIL_METADATA_KEY, failure.detail),)
-    await context.abort(failure.status, failure.message, trailing_metadata=metadata)

@@ -32,7 +32,7 @@ from lightning.store.forwarding import complete
 from lightning.store.open import is_store_url, open_store
 from lightning.store.threaded import LightningStoreThreaded
 
-_ADDRESS = re.compile(r"((grpc|http)://)?[^/\s]+:\d+/?")
+_ADDRESS = re.compile(r"((grpcs?|https?)://)?[^/\s]+:\d+/?")
 _NO_ALIASES: Mapping[str, str] = {}
 _NO_OPTIONS: Mapping[str, Any] = {}
 

@@ -20,6 +20,8 @@ from lightning.rpc.address import check_listener, is_loopback, parse_endpoint
         (" host:4747\n", "host:4747"),
         ("[::1]:4747", "[::1]:4747"),
         ("grpc://[2001:db8::2]:4747", "[2001:db8::2]:4747"),
+        ("grpcs://store.example.org:4747", "grpcs://store.example.org:4747"),
+        ("https://[::1]:4747/", "grpcs://[::1]:4747"),
     ],
 )
 def test_what_people_write_is_understood(address: str, canonical: str) -> None:
@@ -37,7 +39,7 @@ def test_what_people_write_is_understood(address: str, canonical: str) -> None:
         ("localhost:http", "port"),
         ("localhost:65536", "port"),
         ("localhost:-1", "port"),
-        ("https://localhost:4747", "scheme 'https'"),
+        ("xmpp://localhost:4747", "scheme 'xmpp'"),
         ("ftp://localhost:4747", "scheme 'ftp'"),
         ("localhost:4747/path", "nothing but"),
         ("localhost:4747?a=b", "nothing but"),

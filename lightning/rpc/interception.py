@@ -1,0 +1,181 @@
+"""What is done with every call, of whatever service and shape, before and around its handler.
+
+arrives ─▶ guard: who calls, and may they? ─▶ admission: is there room? ─▶ handler
+   └─────────────────── observers: what came of it, and what did it cost? ───────┘
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+import grpc
+from grpc.aio import ServicerContext
+
+from lightning.rpc.errors import RemoteStoreError, abort, to_failure
+from lightning.rpc.security import Caller, Guard
+
+if TYPE_CHECKING:
+    Handler = grpc.RpcMethodHandler[Any, Any]
+
+Context = ServicerContext[Any, Any]
+
+
+@dataclass
+class Call:
+    """A call that is under way."""
+
+    method: str
+    """The full name of the RPC, as `/package.Service/Method`."""
+    is_stream: bool
+    """Whether it may have more than one request or response."""
+    caller: Caller | None = None
+    """Who calls, where tokens are asked for."""
+    peer: str = ""
+    """Where it comes from, in gRPC's words."""
+    certificate_name: str | None = None
+    """The common name in the caller's certificate, where one was asked for."""
+    received_bytes: int = 0
+    sent_bytes: int = 0
+    code: grpc.StatusCode = grpc.StatusCode.OK
+    """How it ended."""
+    started: float = field(default_factory=time.perf_counter)
+
+    @property
+    def seconds(self) -> float:
+        """How long it has been going on."""
+        return time.perf_counter() - self.started
+
+    @property
+    def client(self) -> str:
+        """Who is behind it, as well as is known: the token's name, the certificate's, or the host."""
+        if self.caller is not None:
+            return self.caller.name
+        return self.certificate_name or self.peer.rpartition(":")[0]
+
+
+class Observer(Protocol):
+    """Somebody who wants to know what came of the calls."""
+
+    def begun(self, call: Call, /) -> None:
+        """A call arrived."""
+
+    def ended(self, call: Call, /) -> None:
+        """It is over."""
+
+
+class Reception(grpc.aio.ServerInterceptor):
+    """Receives calls for all services of a server.
+
+    Args:
+        guard: Decides who may call what; None lets everybody in.
+        observers: Hear of each call.
+    """
+
+    def __init__(self, guard: Guard | None, observers: Sequence[Observer] = ()) -> None:
+        self._guard = guard
+        self._observers = observers
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
+        details: grpc.HandlerCallDetails,
+    ) -> Handler | None:
+        handler: Any = await continuation(details)
+        if handler is None:
+            return None
+        method = details.method
+        call = Call(method, handler.request_streaming or handler.response_streaming)
+        try:
+            if self._guard is not None:
+                call.caller = self._guard.admit(method, details.invocation_metadata or ())
+        except RemoteStoreError as error:
+            return self._refusal(call, error)
+        return self._around(handler, call)
+
+    def _refusal(self, call: Call, error: RemoteStoreError) -> Handler:
+        # as a stream, whatever the method is, for that reads nothing of the request
+        async def refuse(_: AsyncIterator[bytes], context: Context) -> None:
+            await self._run(call, context, lambda: abort(context, to_failure(error)))
+
+        return grpc.stream_stream_rpc_method_handler(refuse)
+
+    def _around(self, handler: Any, call: Call) -> Handler:
+        """The handler, for this one call, with what is done around it."""
+        shape = ("stream" if handler.request_streaming else "unary") + (
+            "_stream" if handler.response_streaming else "_unary"
+        )
+        inner = getattr(handler, shape)
+
+        async def one_response(request: Any, context: Context) -> Any:
+            return await self._run(call, context, lambda: _result(inner(request, context)))
+
+        async def many_responses(request: Any, context: Context) -> None:
+            await self._run(call, context, lambda: _send_all(inner(request, context), context))
+
+        make = getattr(grpc, f"{shape}_rpc_method_handler")
+        wrapped: Handler = make(
+            many_responses if handler.response_streaming else one_response,
+            request_deserializer=_counting(call, "received_bytes", handler.request_deserializer, before=True),
+            response_serializer=_counting(call, "sent_bytes", handler.response_serializer, before=False),
+        )
+        return wrapped
+
+    async def _run(self, call: Call, context: Context, body: Callable[[], Awaitable[Any]]) -> Any:
+        call.peer = context.peer()
+        names = list(context.auth_context().get("x509_common_name", ()))
+        call.certificate_name = names[0].decode("utf-8", "replace") if names else None
+        for observer in self._observers:
+            observer.begun(call)
+        try:
+            result = await body()
+            call.code = _code(context, grpc.StatusCode.OK)
+        except asyncio.CancelledError:
+            call.code = grpc.StatusCode.CANCELLED
+            raise
+        except BaseException:
+            call.code = _code(context, grpc.StatusCode.UNKNOWN)
+            raise
+        else:
+            return result
+        finally:
+            for observer in self._observers:
+                observer.ended(call)
+
+
+async def _result(outcome: Any) -> Any:
+    return await outcome if inspect.isawaitable(outcome) else outcome
+
+
+async def _send_all(outcome: Any, context: Context) -> None:
+    """A handler of many responses writes them itself, or yields them."""
+    if inspect.isawaitable(outcome):
+        await outcome
+        return
+    async for response in outcome:
+        await context.write(response)
+
+
+def _counting(
+    call: Call, count: str, convert: Callable[[Any], Any] | None, *, before: bool
+) -> Callable[[Any], Any]:
+    """A serializer or deserializer that adds to the bytes of a call: of what it is given, or of what it makes of it."""
+
+    def counting(message: Any) -> Any:
+        converted = message if convert is None else convert(message)
+        setattr(call, count, getattr(call, count) + len(message if before else converted))
+        return converted
+
+    return counting
+
+
+def _code(context: Context, otherwise: grpc.StatusCode) -> grpc.StatusCode:
+    """The status that a handler set, if it set one."""
+    code: Any = context.code()
+    if isinstance(code, int):  # gRPC hands out both forms
+        code = next((status for status in grpc.StatusCode if status.value[0] == code), otherwise)
+    return code if code and code is not grpc.StatusCode.OK else otherwise
