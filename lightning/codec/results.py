@@ -34,7 +34,11 @@ _STATISTICS_FIELDS = {
     "eviction_threshold_bytes": "eviction_threshold_bytes",
     "safe_threshold_bytes": "safe_threshold_bytes",
     "memory_capacity_bytes": "memory_capacity_bytes",
+    "attempts_by_status": "attempts_by_status",
+    "oldest_queued_age": "oldest_queued_age_seconds",
+    "expired_attempts": "expired_attempts",
 }
+_COUNTS_BY_STATUS = ("rollouts_by_status", "attempts_by_status", "expired_attempts")
 
 
 def page_to_proto(
@@ -106,8 +110,10 @@ def statistics_from_proto(message: service_pb2.GetStatisticsResponse) -> Lightni
     if message.HasField("extra_json"):
         statistics.update(decode_object(message.extra_json, "GetStatisticsResponse.extra_json"))
     for key, field in _STATISTICS_FIELDS.items():
-        if field == "rollouts_by_status":
-            statistics[key] = dict(message.rollouts_by_status)
+        if field in _COUNTS_BY_STATUS:
+            counts = dict(getattr(message, field))
+            if counts or field == "rollouts_by_status":
+                statistics[key] = counts
         elif field == "name" or fields.HasField(field):
             statistics[key] = getattr(message, field)
     return cast(LightningStoreStatistics, statistics)  # which may have keys of the store's own

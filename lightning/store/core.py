@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable
 from concurrent.futures import Future
 from typing import Any, TypeVar
@@ -62,6 +63,8 @@ class EngineCore(LightningStore):
         self._opened = False
         self._opening: Future[None] | None = None
         self._opening_lock = threading.Lock()
+        self._expired_attempts: Counter[str] = Counter()
+        """How many attempts were closed because their time was up, by what they became."""
         self._steps: set[asyncio.Future[Any]] = set()
         """What is being finished, kept from the garbage collector."""
 
@@ -128,6 +131,7 @@ class EngineCore(LightningStore):
                     lambda record, now=now: lifecycle.expire(record, now),  # type: ignore[misc]
                 )
                 if change is not None:
+                    self._expired_attempts.update(lifecycle.closed_attempts(change.before, change.after))
                     await self._tell(change.before, change.after, now, interrupt=True)
             if len(due) < _EXPIRE_BATCH:
                 return await self._persistence.first_deadline()

@@ -42,9 +42,21 @@ def is_queued(record: RolloutRecord) -> bool:
     return record.status in QUEUED_STATUSES
 
 
+def queued_since(record: RolloutRecord) -> float:
+    """Since when a queued rollout has been waiting: its creation, or the end of its last attempt."""
+    ends = (attempt.end_time for attempt in record.attempts if attempt.end_time is not None)
+    return max((record.start_time, *ends))
+
+
 def is_finished(record: RolloutRecord) -> bool:
     """Whether the rollout's status is terminal."""
     return record.status in TERMINAL_ROLLOUT_STATUSES
+
+
+def closed_attempts(before: RolloutRecord, after: RolloutRecord) -> list[AttemptStatus]:
+    """What became of those attempts that a change closed."""
+    pairs = zip(before.attempts, after.attempts, strict=False)
+    return [new.status for old, new in pairs if is_open(old) and not is_open(new)]
 
 
 def is_open(attempt: AttemptRecord) -> bool:

@@ -50,7 +50,7 @@ class ReadingVerbs(EngineCore):
     """Statistics, queries, look-ups and waiting."""
 
     async def statistics(self) -> LightningStoreStatistics:
-        await self._enter()
+        now = await self._enter()
         totals = await self._persistence.totals()
         statistics = LightningStoreStatistics(
             name=type(self).__name__,
@@ -64,6 +64,12 @@ class ReadingVerbs(EngineCore):
             total_span_bytes=totals.span_bytes,
             evicted_spans=totals.evicted_spans,
         )
+        if self._expired_attempts:
+            statistics["expired_attempts"] = dict(self._expired_attempts)
+        if totals.attempts_by_status:
+            statistics["attempts_by_status"] = totals.attempts_by_status
+        if totals.queued_since is not None:
+            statistics["oldest_queued_age"] = max(0.0, now - totals.queued_since)
         statistics.update(totals.limits)  # type: ignore[typeddict-item]  # the backend speaks of the same keys
         return statistics
 

@@ -63,6 +63,13 @@ class LightningStoreStatistics(TypedDict, total=False):
     """Versions of resources, over all ids."""
     total_workers: int
     rollouts_by_status: dict[str, int]
+    attempts_by_status: dict[str, int]
+    """Absent while there are none, as `expired_attempts` is."""
+    oldest_queued_age: float
+    """Seconds that the rollout at the head of the queue has been waiting, since it was created or its last attempt
+    ended; absent while the queue is empty."""
+    expired_attempts: dict[str, int]
+    """How many attempts the watchdog of this store has closed since it was opened, by the status that it gave them."""
     uptime: float
     """Seconds since the store was opened."""
     total_span_bytes: int

@@ -114,7 +114,7 @@ async def test_a_newer_schema(tmp_path: Path) -> None:
     future = sqlite3.connect(path)
     future.execute("PRAGMA user_version = 999")
     future.close()
-    assert "newer version of this software (schema 999, known here: 1)" in await refusal(path)
+    assert "newer version of this software (schema 999, known here: 2)" in await refusal(path)
 
 
 async def test_a_file_that_is_damaged(tmp_path: Path) -> None:
@@ -327,6 +327,20 @@ def test_a_file_of_an_older_version_is_brought_forward(tmp_path: Path) -> None:
     connection.close()
 
 
+def test_attempts_of_a_file_of_version_1_are_counted(tmp_path: Path) -> None:
+    first, second = sqlite_statements.migrations()[:2]
+    connection = plain_connection(tmp_path / "store.db")
+    migrate(connection, [first])
+    connection.executemany(
+        "INSERT INTO attempt (rollout, sequence_id, attempt_id, status, start_time, last_span_sequence_id) "
+        "VALUES (1, ?, ?, ?, 0, 0)",
+        [(1, "at-1", "failed"), (2, "at-2", "failed"), (3, "at-3", "running")],
+    )
+    migrate(connection, [first, second])
+    assert dict(connection.execute("SELECT * FROM counter")) == {"attempts.failed": 2, "attempts.running": 1}
+    connection.close()
+
+
 def test_a_step_that_fails_leaves_the_version_before(tmp_path: Path) -> None:
     connection = plain_connection(tmp_path / "store.db")
     with pytest.raises(sqlite3.OperationalError, match="no_such_table"):
@@ -338,7 +352,7 @@ def test_a_step_that_fails_leaves_the_version_before(tmp_path: Path) -> None:
 
 
 def test_the_versions_are_numbered_without_gaps() -> None:
-    assert [number for number, _ in sqlite_statements.migrations()] == [1]
+    assert [number for number, _ in sqlite_statements.migrations()] == [1, 2]
 
 
 def test_every_statement_fits_the_schema() -> None:

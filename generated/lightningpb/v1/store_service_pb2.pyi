@@ -1421,6 +1421,46 @@ class GetStatisticsResponse(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class AttemptsByStatusEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class ExpiredAttemptsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     NAME_FIELD_NUMBER: _builtins.int
     TOTAL_ROLLOUTS_FIELD_NUMBER: _builtins.int
     TOTAL_ATTEMPTS_FIELD_NUMBER: _builtins.int
@@ -1435,6 +1475,9 @@ class GetStatisticsResponse(_message.Message):
     MEMORY_CAPACITY_BYTES_FIELD_NUMBER: _builtins.int
     ROLLOUTS_BY_STATUS_FIELD_NUMBER: _builtins.int
     EXTRA_JSON_FIELD_NUMBER: _builtins.int
+    ATTEMPTS_BY_STATUS_FIELD_NUMBER: _builtins.int
+    OLDEST_QUEUED_AGE_SECONDS_FIELD_NUMBER: _builtins.int
+    EXPIRED_ATTEMPTS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """The class of the store behind the server."""
     total_rollouts: _builtins.int
@@ -1461,9 +1504,21 @@ class GetStatisticsResponse(_message.Message):
     """How much memory the machine has."""
     extra_json: _builtins.bytes
     """Anything else the store reports, a JSON object. Absent when there is nothing."""
+    oldest_queued_age_seconds: _builtins.float
+    """For how many seconds the rollout at the head of the queue has been waiting: since it was created, or its last attempt ended.
+    Absent while the queue is empty.
+    """
     @_builtins.property
     def rollouts_by_status(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
         """How many rollouts are in each status, by the status's name in lower case, such as "queuing"."""
+
+    @_builtins.property
+    def attempts_by_status(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """How many attempts are in each status, as for rollouts. Empty where the store does not count them."""
+
+    @_builtins.property
+    def expired_attempts(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """How many attempts the store has closed because their time was up, since it was opened, by the status that it gave them."""
 
     def __init__(
         self,
@@ -1482,10 +1537,13 @@ class GetStatisticsResponse(_message.Message):
         memory_capacity_bytes: _builtins.int | None = ...,
         rollouts_by_status: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         extra_json: _builtins.bytes | None = ...,
+        attempts_by_status: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        oldest_queued_age_seconds: _builtins.float | None = ...,
+        expired_attempts: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_evicted_spans", b"_evicted_spans", "_eviction_threshold_bytes", b"_eviction_threshold_bytes", "_extra_json", b"_extra_json", "_memory_capacity_bytes", b"_memory_capacity_bytes", "_safe_threshold_bytes", b"_safe_threshold_bytes", "_total_attempts", b"_total_attempts", "_total_resources", b"_total_resources", "_total_rollouts", b"_total_rollouts", "_total_span_bytes", b"_total_span_bytes", "_total_spans", b"_total_spans", "_total_workers", b"_total_workers", "_uptime_seconds", b"_uptime_seconds", "evicted_spans", b"evicted_spans", "eviction_threshold_bytes", b"eviction_threshold_bytes", "extra_json", b"extra_json", "memory_capacity_bytes", b"memory_capacity_bytes", "safe_threshold_bytes", b"safe_threshold_bytes", "total_attempts", b"total_attempts", "total_resources", b"total_resources", "total_rollouts", b"total_rollouts", "total_span_bytes", b"total_span_bytes", "total_spans", b"total_spans", "total_workers", b"total_workers", "uptime_seconds", b"uptime_seconds"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_evicted_spans", b"_evicted_spans", "_eviction_threshold_bytes", b"_eviction_threshold_bytes", "_extra_json", b"_extra_json", "_memory_capacity_bytes", b"_memory_capacity_bytes", "_oldest_queued_age_seconds", b"_oldest_queued_age_seconds", "_safe_threshold_bytes", b"_safe_threshold_bytes", "_total_attempts", b"_total_attempts", "_total_resources", b"_total_resources", "_total_rollouts", b"_total_rollouts", "_total_span_bytes", b"_total_span_bytes", "_total_spans", b"_total_spans", "_total_workers", b"_total_workers", "_uptime_seconds", b"_uptime_seconds", "evicted_spans", b"evicted_spans", "eviction_threshold_bytes", b"eviction_threshold_bytes", "extra_json", b"extra_json", "memory_capacity_bytes", b"memory_capacity_bytes", "oldest_queued_age_seconds", b"oldest_queued_age_seconds", "safe_threshold_bytes", b"safe_threshold_bytes", "total_attempts", b"total_attempts", "total_resources", b"total_resources", "total_rollouts", b"total_rollouts", "total_span_bytes", b"total_span_bytes", "total_spans", b"total_spans", "total_workers", b"total_workers", "uptime_seconds", b"uptime_seconds"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_evicted_spans", b"_evicted_spans", "_eviction_threshold_bytes", b"_eviction_threshold_bytes", "_extra_json", b"_extra_json", "_memory_capacity_bytes", b"_memory_capacity_bytes", "_safe_threshold_bytes", b"_safe_threshold_bytes", "_total_attempts", b"_total_attempts", "_total_resources", b"_total_resources", "_total_rollouts", b"_total_rollouts", "_total_span_bytes", b"_total_span_bytes", "_total_spans", b"_total_spans", "_total_workers", b"_total_workers", "_uptime_seconds", b"_uptime_seconds", "evicted_spans", b"evicted_spans", "eviction_threshold_bytes", b"eviction_threshold_bytes", "extra_json", b"extra_json", "memory_capacity_bytes", b"memory_capacity_bytes", "name", b"name", "rollouts_by_status", b"rollouts_by_status", "safe_threshold_bytes", b"safe_threshold_bytes", "total_attempts", b"total_attempts", "total_resources", b"total_resources", "total_rollouts", b"total_rollouts", "total_span_bytes", b"total_span_bytes", "total_spans", b"total_spans", "total_workers", b"total_workers", "uptime_seconds", b"uptime_seconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_evicted_spans", b"_evicted_spans", "_eviction_threshold_bytes", b"_eviction_threshold_bytes", "_extra_json", b"_extra_json", "_memory_capacity_bytes", b"_memory_capacity_bytes", "_oldest_queued_age_seconds", b"_oldest_queued_age_seconds", "_safe_threshold_bytes", b"_safe_threshold_bytes", "_total_attempts", b"_total_attempts", "_total_resources", b"_total_resources", "_total_rollouts", b"_total_rollouts", "_total_span_bytes", b"_total_span_bytes", "_total_spans", b"_total_spans", "_total_workers", b"_total_workers", "_uptime_seconds", b"_uptime_seconds", "attempts_by_status", b"attempts_by_status", "evicted_spans", b"evicted_spans", "eviction_threshold_bytes", b"eviction_threshold_bytes", "expired_attempts", b"expired_attempts", "extra_json", b"extra_json", "memory_capacity_bytes", b"memory_capacity_bytes", "name", b"name", "oldest_queued_age_seconds", b"oldest_queued_age_seconds", "rollouts_by_status", b"rollouts_by_status", "safe_threshold_bytes", b"safe_threshold_bytes", "total_attempts", b"total_attempts", "total_resources", b"total_resources", "total_rollouts", b"total_rollouts", "total_span_bytes", b"total_span_bytes", "total_spans", b"total_spans", "total_workers", b"total_workers", "uptime_seconds", b"uptime_seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__evicted_spans: _TypeAlias = _typing.Literal["evicted_spans"]  # noqa: Y015
     _WhichOneofArgType__evicted_spans: _TypeAlias = _typing.Literal["_evicted_spans", b"_evicted_spans"]  # noqa: Y015
@@ -1495,6 +1553,8 @@ class GetStatisticsResponse(_message.Message):
     _WhichOneofArgType__extra_json: _TypeAlias = _typing.Literal["_extra_json", b"_extra_json"]  # noqa: Y015
     _WhichOneofReturnType__memory_capacity_bytes: _TypeAlias = _typing.Literal["memory_capacity_bytes"]  # noqa: Y015
     _WhichOneofArgType__memory_capacity_bytes: _TypeAlias = _typing.Literal["_memory_capacity_bytes", b"_memory_capacity_bytes"]  # noqa: Y015
+    _WhichOneofReturnType__oldest_queued_age_seconds: _TypeAlias = _typing.Literal["oldest_queued_age_seconds"]  # noqa: Y015
+    _WhichOneofArgType__oldest_queued_age_seconds: _TypeAlias = _typing.Literal["_oldest_queued_age_seconds", b"_oldest_queued_age_seconds"]  # noqa: Y015
     _WhichOneofReturnType__safe_threshold_bytes: _TypeAlias = _typing.Literal["safe_threshold_bytes"]  # noqa: Y015
     _WhichOneofArgType__safe_threshold_bytes: _TypeAlias = _typing.Literal["_safe_threshold_bytes", b"_safe_threshold_bytes"]  # noqa: Y015
     _WhichOneofReturnType__total_attempts: _TypeAlias = _typing.Literal["total_attempts"]  # noqa: Y015
@@ -1519,6 +1579,8 @@ class GetStatisticsResponse(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__extra_json) -> _WhichOneofReturnType__extra_json | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__memory_capacity_bytes) -> _WhichOneofReturnType__memory_capacity_bytes | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__oldest_queued_age_seconds) -> _WhichOneofReturnType__oldest_queued_age_seconds | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__safe_threshold_bytes) -> _WhichOneofReturnType__safe_threshold_bytes | None: ...
     @_typing.overload

@@ -47,6 +47,10 @@ class Totals:
     workers: int
     span_bytes: int
     evicted_spans: int = 0
+    attempts_by_status: dict[str, int] | None = None
+    """None: not known without counting through them."""
+    queued_since: float | None = None
+    """`lifecycle.queued_since` of the rollout at the head of the queue; None if there is none."""
     limits: dict[str, int] = field(default_factory=dict)
     """Sizes that this backend keeps to, in bytes, by the names that `LightningStoreStatistics` has for them."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import heapq
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import count, islice
@@ -87,6 +87,7 @@ class MemoryPersistence(Persistence):
         self._rollouts: dict[str, _Entry] = {}
         self._by_attempt: dict[str, _Entry] = {}
         self._by_status: dict[str, SortedDict[int, _Entry]] = {}
+        self._attempts_by_status: Counter[str] = Counter()
         self._queue: OrderedDict[str, _Entry] = OrderedDict()
         self._deadlines: list[tuple[float, int, _Entry]] = []
         self._tie_breaker = count()
@@ -234,6 +235,11 @@ class MemoryPersistence(Persistence):
             self._note_evictable(entry)
         for attempt in after.attempts[len(before.attempts) if before else 0 :]:
             self._by_attempt[attempt.attempt_id] = entry
+            self._attempts_by_status[attempt.status] += 1
+        for old, new in zip(before.attempts if before else (), after.attempts, strict=False):
+            if old is not new:
+                self._attempts_by_status[old.status] -= 1
+                self._attempts_by_status[new.status] += 1
         self._schedule(entry, lifecycle.next_deadline(after))
 
     # --- spans ---
@@ -365,6 +371,7 @@ class MemoryPersistence(Persistence):
 
     async def totals(self) -> Totals:
         with self._lock:
+            head = next(iter(self._queue.values()), None)
             return Totals(
                 rollouts_by_status={status: len(index) for status, index in self._by_status.items() if index},
                 attempts=len(self._by_attempt),
@@ -373,5 +380,7 @@ class MemoryPersistence(Persistence):
                 workers=len(self._workers),
                 span_bytes=self._span_bytes,
                 evicted_spans=self._evicted_count,
+                attempts_by_status={name: n for name, n in self._attempts_by_status.items() if n},
+                queued_since=None if head is None else lifecycle.queued_since(head.record),
                 limits=dict(self._limits),
             )

@@ -12,7 +12,7 @@ import asyncio
 import sqlite3
 import threading
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -40,7 +40,12 @@ from lightning.store.persistence.sqlite_file import (
 )
 from lightning.store.persistence.sqlite_readers import Read, ReadPool
 from lightning.store.persistence.sqlite_rows import StoredRollout
-from lightning.store.persistence.sqlite_search import STATUS_COUNTER, find_rollouts, is_text
+from lightning.store.persistence.sqlite_search import (
+    ATTEMPT_STATUS_COUNTER,
+    STATUS_COUNTER,
+    find_rollouts,
+    is_text,
+)
 from lightning.store.persistence.sqlite_statements import insert, select, select_many, update
 from lightning.store.persistence.sqlite_writer import Counters, GroupCommitWriter, Session
 from lightning.store.queries import RolloutQuery
@@ -278,14 +283,11 @@ class SQLitePersistence(Persistence):
     # --- about itself ---
 
     async def totals(self) -> Totals:
-        counters = await self._look(lambda connection: dict(select(connection, "counters")))
-        by_status = {
-            name[len(STATUS_COUNTER) :]: count
-            for name, count in counters.items()
-            if name.startswith(STATUS_COUNTER) and count
-        }
+        counters, queued_since = await self._look(_count)
         return Totals(
-            rollouts_by_status=by_status,
+            rollouts_by_status=_by_status(counters, STATUS_COUNTER),
+            attempts_by_status=_by_status(counters, ATTEMPT_STATUS_COUNTER),
+            queued_since=queued_since,
             attempts=counters.get("attempts", 0),
             spans=counters.get("spans", 0),
             resources=counters.get("resources", 0),
@@ -349,6 +351,18 @@ def _by_id(connection: sqlite3.Connection, rollout_ids: Sequence[str]) -> dict[s
     return {stored.record.rollout_id: stored.record for stored in found}
 
 
+def _count(connection: sqlite3.Connection) -> tuple[dict[str, int], float | None]:
+    """The counters, and since when the rollout at the head of the queue has been in it."""
+    with snapshot(connection):
+        head = select(connection, "queued_since").fetchone()
+        return dict(select(connection, "counters")), None if head is None else head[0]
+
+
+def _by_status(counters: dict[str, int], prefix: str) -> dict[str, int]:
+    found = {name[len(prefix) :]: n for name, n in counters.items() if name.startswith(prefix)}
+    return {status: n for status, n in found.items() if n}
+
+
 # --- Writes, in the writer's thread and within its transaction ----------------------------------------------------
 
 
@@ -379,11 +393,13 @@ def _insert_rollouts(session: Session, records: Sequence[RolloutRecord]) -> list
     return [stored[rollout_id] for rollout_id in ids]
 
 
-def _insert_attempts(session: Session, ordinal: int, attempts: Iterable[AttemptRecord]) -> None:
+def _insert_attempts(session: Session, ordinal: int, attempts: Sequence[AttemptRecord]) -> None:
     values = [(ordinal, *rows.attempt_values(attempt)) for attempt in attempts]
     if values:
         insert(session.connection, "insert_attempts", values)
         session.counters.add("attempts", len(values))
+    for attempt in attempts:
+        session.counters.add(ATTEMPT_STATUS_COUNTER + attempt.status)
 
 
 def _replace(session: Session, stored: StoredRollout, after: RolloutRecord) -> RolloutChange:
@@ -410,6 +426,9 @@ def _replace(session: Session, stored: StoredRollout, after: RolloutRecord) -> R
             place = {"rollout": stored.ordinal, "sequence_id": old.sequence_id}
             columns = rows.attempt_values(old), rows.attempt_values(new)
             update(connection, "attempt", rows.ATTEMPT_COLUMNS, *columns, place)
+            if new.status != old.status:
+                counters.add(ATTEMPT_STATUS_COUNTER + old.status, -1)
+                counters.add(ATTEMPT_STATUS_COUNTER + new.status)
     _insert_attempts(session, stored.ordinal, after.attempts[len(before.attempts) :])
     return RolloutChange(before, after)
 

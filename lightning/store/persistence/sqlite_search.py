@@ -14,6 +14,8 @@ from lightning.store.records import RolloutRecord
 _LARGEST_INTEGER = 2**63 - 1
 STATUS_COUNTER = "rollouts."
 """The counters of rollouts by status begin so."""
+ATTEMPT_STATUS_COUNTER = "attempts."
+"""Those of attempts by status."""
 
 
 def find_rollouts(connection: sqlite3.Connection, query: RolloutQuery) -> tuple[list[RolloutRecord], int]:

@@ -64,6 +64,38 @@ class DeadlineContract(ClockedTheme):
         updated = await store.update_resources(resources.resources_id, {})
         assert (updated.create_time, updated.update_time) == (times[0], times[4])
 
+    async def test_statistics_follow_the_queue_and_the_attempts(
+        self, store: LightningStore, clock: FakeClock
+    ) -> None:
+        """As far as the store has them: the age of the queue's head, attempts by status, what the watchdog did."""
+
+        async def check(oldest: float | None, attempts: dict[str, int], expired: dict[str, int]) -> None:
+            statistics = await store.statistics()
+            assert statistics.get("oldest_queued_age") == (
+                oldest if "oldest_queued_age" in statistics else None
+            )
+            if statistics.get("attempts_by_status"):
+                assert statistics["attempts_by_status"] == attempts
+            if statistics.get("expired_attempts"):
+                assert statistics["expired_attempts"] == expired
+
+        await check(None, {}, {})
+        first = await store.enqueue_rollout(1, config=RETRY_TIMEOUT)
+        clock.advance(2)
+        await store.enqueue_rollout(2)
+        clock.advance(3)
+        await check(5.0, {}, {})
+        assert (await claim(store)).rollout_id == first.rollout_id
+        await check(3.0, {"preparing": 1}, {})
+        clock.advance(LIMIT_SECONDS + A_BIT_SECONDS)
+        await check(3.0 + LIMIT_SECONDS + A_BIT_SECONDS, {"timeout": 1}, {"timeout": 1})
+        second = await claim(store)
+        clock.advance(1)
+        await check(1.0, {"timeout": 1, "preparing": 1}, {"timeout": 1})  # requeued when its attempt ended
+        await store.update_attempt(second.rollout_id, "latest", status="succeeded")
+        await claim(store)
+        await check(None, {"timeout": 1, "succeeded": 1, "preparing": 1}, {"timeout": 1})
+
     # --- Too long ---
 
     async def test_an_attempt_times_out_strictly_after_its_time(

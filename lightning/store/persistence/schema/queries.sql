@@ -17,6 +17,12 @@ WHERE attempt.attempt_id = ?;
 -- name: head_of_queue
 SELECT * FROM stored_rollout WHERE queue_position IS NOT NULL ORDER BY queue_position LIMIT ?;
 
+-- name: queued_since
+SELECT max(rollout.start_time, coalesce(max(attempt.end_time), rollout.start_time))
+FROM rollout LEFT JOIN attempt ON attempt.rollout = rollout.ordinal
+WHERE rollout.ordinal = (SELECT ordinal FROM rollout WHERE queue_position IS NOT NULL ORDER BY queue_position LIMIT 1)
+GROUP BY rollout.ordinal;
+
 -- name: known_rollout_ids
 SELECT rollout_id FROM rollout WHERE rollout_id IN (…);
 
