@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import signal
 import socket
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -62,6 +63,30 @@ def serve_store(
             help="Ask for a token; those that are known, see [bold]lightning token[/].",
         ),
     ] = None,
+    max_message_bytes: Annotated[
+        int | None, typer.Option(metavar="BYTES", help="The largest message that is taken or sent.")
+    ] = None,
+    max_streams: Annotated[
+        int | None, typer.Option(metavar="NUMBER", help="How many streams may be open at once.")
+    ] = None,
+    max_in_flight_bytes: Annotated[
+        int | None,
+        typer.Option(metavar="BYTES", help="How many bytes of requests may be worked on at once."),
+    ] = None,
+    max_calls_per_second: Annotated[
+        float | None, typer.Option(metavar="NUMBER", help="How many calls each client may make.")
+    ] = None,
+    access_log: Annotated[
+        bool, typer.Option("--access-log", help="Write a line for each call to stderr.")
+    ] = False,
+    metrics_port: Annotated[
+        int | None,
+        typer.Option(min=0, max=65535, metavar="PORT", help="Show metrics for Prometheus at this port."),
+    ] = None,
+    metrics_host: Annotated[str, typer.Option(help="The address to show metrics at.")] = "127.0.0.1",
+    grace: Annotated[
+        float, typer.Option(min=0.0, metavar="SECONDS", help="How long calls under way may take in the end.")
+    ] = 5.0,
 ) -> None:
     """Serve a store, until Ctrl-C or SIGTERM.
 
@@ -84,6 +109,14 @@ def serve_store(
             "--tls-key, or add --insecure if you trust everybody in the network",
             EXIT_USAGE,
         )
+    limits: dict[str, Any] = {
+        "max_message_bytes": max_message_bytes,
+        "max_streams": max_streams,
+        "max_in_flight_bytes": max_in_flight_bytes,
+        "max_calls_per_second": max_calls_per_second,
+    }
+    if access_log:
+        _show_access_log()
     with reporting(ValueError, exit_code=EXIT_USAGE):
         server = LightningStoreServer(
             open_store(backend),
@@ -94,12 +127,26 @@ def serve_store(
             tls_key=tls_key,
             tls_client_ca=tls_client_ca,
             tokens=tokens,
+            access_log=access_log,
+            metrics_port=metrics_port,
+            metrics_host=metrics_host,
+            **{name: value for name, value in limits.items() if value is not None},
         )
-    with reporting(OSError, BackendError):
-        asyncio.run(_serve(server, full_url(backend), host))
+    with reporting(OSError, ImportError, BackendError):
+        asyncio.run(_serve(server, full_url(backend), host, grace))
 
 
-async def _serve(server: LightningStoreServer, backend: str, host: str) -> None:
+def _show_access_log() -> None:
+    from lightning.rpc.access_log import ACCESS_LOGGER
+
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    logger = logging.getLogger(ACCESS_LOGGER)
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+
+
+async def _serve(server: LightningStoreServer, backend: str, host: str, grace: float) -> None:
     loop = asyncio.get_running_loop()
     asked = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -113,6 +160,7 @@ async def _serve(server: LightningStoreServer, backend: str, host: str) -> None:
     finally:
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.remove_signal_handler(number)  # asked again, it ends at once
+        await server.stop(grace, "the server was told to end")
         await server.close()
 
 
@@ -124,6 +172,8 @@ def _welcome(server: LightningStoreServer, backend: str, host: str) -> str:
         f"  runners:   lightning runner FILE.py:AGENT --connect {server.endpoint}",
         f'  trainers:  Trainer(store="{server.endpoint}", strategy={{"type": "cs", "role": "algorithm"}}, …)',
     ]
+    if server.metrics_url is not None:
+        lines.append(f"  metrics:   {server.metrics_url}")
     if not is_loopback(host):
         scheme = "grpcs://" if server.endpoint.startswith("grpcs://") else ""
         lines.append(f"  elsewhere: the same with {scheme}{socket.gethostname()}:{server.port}")

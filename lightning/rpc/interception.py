@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import grpc
 from grpc.aio import ServicerContext
 
+from lightning.rpc.admission import Admission
 from lightning.rpc.errors import RemoteStoreError, abort, to_failure
 from lightning.rpc.security import Caller, Guard
 
@@ -40,6 +41,8 @@ class Call:
     certificate_name: str | None = None
     """The common name in the caller's certificate, where one was asked for."""
     received_bytes: int = 0
+    held_bytes: int = 0
+    """What of that is being worked on, as `Admission` counts it."""
     sent_bytes: int = 0
     code: grpc.StatusCode = grpc.StatusCode.OK
     """How it ended."""
@@ -73,11 +76,13 @@ class Reception(grpc.aio.ServerInterceptor):
 
     Args:
         guard: Decides who may call what; None lets everybody in.
+        admission: Decides whether there is room.
         observers: Hear of each call.
     """
 
-    def __init__(self, guard: Guard | None, observers: Sequence[Observer] = ()) -> None:
+    def __init__(self, guard: Guard | None, admission: Admission, observers: Sequence[Observer] = ()) -> None:
         self._guard = guard
+        self._admission = admission
         self._observers = observers
 
     async def intercept_service(
@@ -100,7 +105,7 @@ class Reception(grpc.aio.ServerInterceptor):
     def _refusal(self, call: Call, error: RemoteStoreError) -> Handler:
         # as a stream, whatever the method is, for that reads nothing of the request
         async def refuse(_: AsyncIterator[bytes], context: Context) -> None:
-            await self._run(call, context, lambda: abort(context, to_failure(error)))
+            await self._observe(call, context, lambda: abort(context, to_failure(error)))
 
         return grpc.stream_stream_rpc_method_handler(refuse)
 
@@ -111,21 +116,47 @@ class Reception(grpc.aio.ServerInterceptor):
         )
         inner = getattr(handler, shape)
 
+        receive = _counting(call, "received_bytes", handler.request_deserializer, before=True)
+        send = _counting(call, "sent_bytes", handler.response_serializer, before=False)
+
+        def begin(request: Any, context: Context) -> Any:
+            return inner(
+                self._admission.held(request, call) if handler.request_streaming else request, context
+            )
+
         async def one_response(request: Any, context: Context) -> Any:
-            return await self._run(call, context, lambda: _result(inner(request, context)))
+            async def respond() -> Any:  # serialised here, for gRPC does so when the call is over
+                return send(await _result(begin(request, context)))
+
+            return await self._admit(call, context, respond)
 
         async def many_responses(request: Any, context: Context) -> None:
-            await self._run(call, context, lambda: _send_all(inner(request, context), context))
+            await self._admit(call, context, lambda: _send_all(begin(request, context), context))
 
         make = getattr(grpc, f"{shape}_rpc_method_handler")
-        wrapped: Handler = make(
-            many_responses if handler.response_streaming else one_response,
-            request_deserializer=_counting(call, "received_bytes", handler.request_deserializer, before=True),
-            response_serializer=_counting(call, "sent_bytes", handler.response_serializer, before=False),
+        wrapped: Handler = (
+            make(many_responses, request_deserializer=receive, response_serializer=send)
+            if handler.response_streaming
+            else make(one_response, request_deserializer=receive)
         )
         return wrapped
 
-    async def _run(self, call: Call, context: Context, body: Callable[[], Awaitable[Any]]) -> Any:
+    async def _admit(self, call: Call, context: Context, body: Callable[[], Awaitable[Any]]) -> Any:
+        """The call, if there is room for it."""
+
+        async def admitted() -> Any:
+            try:
+                self._admission.enter(call)
+            except RemoteStoreError as error:
+                await abort(context, to_failure(error))
+            try:
+                return await body()
+            finally:
+                self._admission.leave(call)
+
+        return await self._observe(call, context, admitted)
+
+    async def _observe(self, call: Call, context: Context, body: Callable[[], Awaitable[Any]]) -> Any:
         call.peer = context.peer()
         names = list(context.auth_context().get("x509_common_name", ()))
         call.certificate_name = names[0].decode("utf-8", "replace") if names else None

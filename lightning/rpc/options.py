@@ -79,6 +79,9 @@ class ServerLimits:
     max_wait_seconds: float = 60.0
     remembered_seconds: float = 300.0
     remembered_bytes: int = 128 * 1024 * 1024
+    max_streams: int = 10_000
+    max_in_flight_bytes: int | None = None
+    max_calls_per_second: float | None = None
 
     def __post_init__(self) -> None:
         check_message_bytes(self.max_message_bytes)
@@ -86,6 +89,22 @@ class ServerLimits:
         check_seconds(self.remembered_seconds, "remembered_seconds")
         if not _is_whole(self.remembered_bytes) or self.remembered_bytes < 0:
             raise ValueError(f"remembered_bytes must be a number of bytes, not {self.remembered_bytes!r}")
+        if not _is_whole(self.max_streams) or self.max_streams < 1:
+            raise ValueError(f"max_streams must be a number of streams, 1 or more, not {self.max_streams!r}")
+        most = self.max_in_flight_bytes
+        if most is not None and (not _is_whole(most) or most < self.max_message_bytes):
+            raise ValueError(
+                f"max_in_flight_bytes must be at least max_message_bytes ({self.max_message_bytes}), or no such "
+                f"message would ever be taken, not {most!r}"
+            )
+        rate = self.max_calls_per_second
+        if rate is not None and (not _is_number(rate) or not 0 < rate < math.inf):
+            raise ValueError(f"max_calls_per_second must be a positive number, not {rate!r}")
+
+    @property
+    def in_flight_bytes(self) -> int:
+        """`max_in_flight_bytes`, which unless given is room for four of the largest messages."""
+        return self.max_in_flight_bytes or 4 * self.max_message_bytes
 
     def channel_options(self) -> ChannelOptions:
         """The arguments of a server."""

@@ -7,6 +7,7 @@ import atexit
 import logging
 import os
 import weakref
+from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
@@ -16,6 +17,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from lightning.rpc import loop
+from lightning.rpc.access_log import AccessLog
 from lightning.rpc.address import (
     DEFAULT_PORT,
     check_listener,
@@ -23,10 +25,12 @@ from lightning.rpc.address import (
     listen_error,
     parse_endpoint,
 )
+from lightning.rpc.admission import Admission
 from lightning.rpc.client import LightningStoreClient
 from lightning.rpc.credentials import FilePath
 from lightning.rpc.health import Health
-from lightning.rpc.interception import Reception
+from lightning.rpc.interception import Observer, Reception
+from lightning.rpc.metrics import Metrics
 from lightning.rpc.options import ServerLimits
 from lightning.rpc.security import Guard
 from lightning.rpc.service import SERVICE_NAME, StoreService
@@ -43,6 +47,7 @@ DEFAULT_GRACE_SECONDS = 5.0
 _FLUSH_SECONDS = 0.5
 """How long answers that are already made may take to reach their callers."""
 _EXIT_TIMEOUT_SECONDS = 5.0
+_STATISTICS_TIMEOUT_SECONDS = 5.0
 
 
 class LightningStoreServer(ForwardingStore):
@@ -68,6 +73,14 @@ class LightningStoreServer(ForwardingStore):
         remembered_seconds: How long the outcome of a call is kept for a client that lost the answer and repeats the
             call.
         remembered_bytes: How much memory these outcomes may take.
+        max_streams: How many calls with more than one request or response may be open at once.
+        max_in_flight_bytes: How many bytes of requests may be worked on at once: a call that is too much is refused, a
+            stream waits. None: four times `max_message_bytes`.
+        max_calls_per_second: How many calls a client may make, by its token's name, its certificate's, or its address.
+            None: as many as it likes.
+        access_log: Whether each call is logged when it ends, by the logger `lightning.access`.
+        metrics_port: Where to show metrics for Prometheus (`http://…/metrics`); 0 picks a port, None shows none.
+        metrics_host: The address to show them at. They tell no payloads, to whoever asks.
 
     Raises:
         TypeError: `store` lacks a method, or an argument is of a wrong type.
@@ -90,13 +103,24 @@ class LightningStoreServer(ForwardingStore):
         max_wait_seconds: float = ServerLimits.max_wait_seconds,
         remembered_seconds: float = ServerLimits.remembered_seconds,
         remembered_bytes: int = ServerLimits.remembered_bytes,
+        max_streams: int = ServerLimits.max_streams,
+        max_in_flight_bytes: int | None = ServerLimits.max_in_flight_bytes,
+        max_calls_per_second: float | None = ServerLimits.max_calls_per_second,
+        access_log: bool = False,
+        metrics_port: int | None = None,
+        metrics_host: str = "127.0.0.1",
     ) -> None:
         self._limits = ServerLimits(
             max_message_bytes=max_message_bytes,
             max_wait_seconds=max_wait_seconds,
             remembered_seconds=remembered_seconds,
             remembered_bytes=remembered_bytes,
+            max_streams=max_streams,
+            max_in_flight_bytes=max_in_flight_bytes,
+            max_calls_per_second=max_calls_per_second,
         )
+        self._access_log = access_log
+        self._metrics_at = None if metrics_port is None else check_listener(metrics_host, metrics_port)
         self._tls = _tls(tls_cert, tls_key, tls_client_ca)
         self._endpoint = replace(check_listener(host, port), secure=self._tls is not None)
         if self._tls is None and not allow_insecure and not self._endpoint.is_loopback:
@@ -120,7 +144,8 @@ class LightningStoreServer(ForwardingStore):
         """Begin to serve. Does nothing if it serves already.
 
         Raises:
-            OSError: The port is taken, or the host is no address of this machine.
+            OSError: A port is taken, or the host is no address of this machine.
+        ImportError: `metrics_port` is given, and the package `prometheus-client` is not there.
             RuntimeError: This is not the process that made the server.
         """
         if not self._is_owner:
@@ -199,6 +224,11 @@ class LightningStoreServer(ForwardingStore):
         return self._endpoint.port
 
     @property
+    def metrics_url(self) -> str | None:
+        """Where it shows metrics, while it does."""
+        return None if self._running is None else self._running.metrics_url
+
+    @property
     def client_options(self) -> dict[str, Any]:
         """What the owner's `LightningStoreClient` on this machine needs to be let in. It may hold a secret that allows
         everything, and is valid as long as this server lives; hand it to nobody else."""
@@ -258,11 +288,14 @@ class LightningStoreServer(ForwardingStore):
 
     async def _serve(self, thread: LoopThread) -> _Running:
         check_port_is_free(self._endpoint)
-        server = grpc.aio.server(
-            options=self._limits.channel_options(), interceptors=(Reception(self._guard),)
-        )
-        service = StoreService(self._store, self._store_class, self._limits)
-        checks = Health()
+        checks = Health((SERVICE_NAME,), self._store.check_writable)
+        metrics = self._metrics(thread, checks)
+        service = StoreService(self._store, self._store_class, self._limits, checks.suspect)
+        observers: list[Observer] = [] if metrics is None else [metrics]
+        if self._access_log:
+            observers.append(AccessLog())
+        reception = Reception(self._guard, Admission(self._limits), observers)
+        server = grpc.aio.server(options=self._limits.channel_options(), interceptors=(reception,))
         server.add_generic_rpc_handlers((service.generic_handler(),))
         health_pb2_grpc.add_HealthServicer_to_server(checks, server)
         reflection.enable_server_reflection(
@@ -273,26 +306,44 @@ class LightningStoreServer(ForwardingStore):
             ),
             server,
         )
+        running = _Running(thread, server, service, checks, metrics)
+        try:
+            if metrics is not None and self._metrics_at is not None:
+                running.metrics_url = f"http://{metrics.serve(self._metrics_at)}/metrics"
+            running.port = self._listen(server)
+            await server.start()
+        except BaseException:
+            await running.close()
+            raise
+        await checks.begin()
+        return running
+
+    def _metrics(self, thread: LoopThread, checks: Health) -> Metrics | None:
+        if self._metrics_at is None:
+            return None
+        store = self._store
+
+        def ask() -> Mapping[str, Any]:
+            return thread.run_blocking(store.statistics(), _STATISTICS_TIMEOUT_SECONDS)
+
+        return Metrics(ask, lambda: checks.is_serving)
+
+    def _listen(self, server: grpc.aio.Server) -> int:
         try:
             if self._tls is None:
-                port = server.add_insecure_port(self._endpoint.target)
-            else:
-                port = server.add_secure_port(self._endpoint.target, self._tls.credentials())
+                return server.add_insecure_port(self._endpoint.target)
+            return server.add_secure_port(self._endpoint.target, self._tls.credentials())
         except RuntimeError as error:  # taken since we looked
             raise listen_error(self._endpoint, None, str(error)) from None
-        await server.start()
-        await checks.set(SERVICE_NAME, health_pb2.HealthCheckResponse.SERVING)
-        return _Running(thread, server, service, checks, port)
 
     async def _drain(self, running: _Running, grace: float, reason: str, stop_workers: bool) -> None:
-        await running.health.enter_graceful_shutdown()
+        await running.health.drain()
         stop = Stop(reason=reason) if stop_workers else None
         await running.service.drain(reason, grace, stop)
         if stop is not None:
             await self._store.send_command(stop)  # to workers in this process
         running.health.end_watches()
-        await running.server.stop(_FLUSH_SECONDS)
-        await running.service.close()
+        await running.close(_FLUSH_SECONDS)
 
 
 def _tls(cert: FilePath | None, key: FilePath | None, client_ca: FilePath | None) -> ServerTls | None:
@@ -308,16 +359,30 @@ class _Running:
     """What exists while a server serves."""
 
     def __init__(
-        self, thread: LoopThread, server: grpc.aio.Server, service: StoreService, health: Health, port: int
+        self,
+        thread: LoopThread,
+        server: grpc.aio.Server,
+        service: StoreService,
+        health: Health,
+        metrics: Metrics | None,
     ) -> None:
         self.thread = thread
         self.server = server
         self.service = service
         self.health = health
-        self.port = port
+        self.port = 0
+        self.metrics_url: str | None = None
+        self._metrics = metrics
         self.stopped: Future[None] = Future()
         self._pid = os.getpid()
         self._finalizer: weakref.finalize[Any, Any] | None = None
+
+    async def close(self, grace: float | None = None) -> None:
+        """End everything; calls in flight may take `grace` seconds."""
+        await self.server.stop(grace)
+        await self.service.close()
+        if self._metrics is not None:
+            await self._metrics.close()
 
     def end_with(self, owner: LightningStoreServer) -> None:
         """Stop serving when the interpreter exits, or `owner` is forgotten, without having been stopped."""
@@ -334,11 +399,11 @@ class _Running:
     def _abandon(self) -> None:
         atexit.unregister(self._stop_at_exit)
         if self._pid == os.getpid() and not self.thread.stopped:
-            self.thread.submit(self.server.stop(None)).add_done_callback(lambda _: loop.release())
+            self.thread.submit(self.close()).add_done_callback(lambda _: loop.release())
 
     def _stop_at_exit(self) -> None:
         if self._pid == os.getpid() and not self.thread.stopped:
-            self.thread.run_blocking(self.server.stop(None), _EXIT_TIMEOUT_SECONDS)
+            self.thread.run_blocking(self.close(), _EXIT_TIMEOUT_SECONDS)
 
     async def wait_until_stopped(self) -> None:
         # shielded, for cancelling one that waits must not tell the others that the server stopped

@@ -54,12 +54,20 @@ class StoreService:
         store: Where the calls go.
         store_class: The name of the class of the store, for `GetServerInfo`.
         limits: What a caller may ask for.
+        suspect: Hears of what the store raises.
     """
 
-    def __init__(self, store: LightningStore, store_class: str, limits: ServerLimits) -> None:
+    def __init__(
+        self,
+        store: LightningStore,
+        store_class: str,
+        limits: ServerLimits,
+        suspect: Callable[[Exception], None] = lambda _: None,
+    ) -> None:
         self.store = store
         self.store_class = store_class
         self.limits = limits
+        self._suspect = suspect
         self.instance_id = uuid.uuid4().hex
         self.streams = OpenStreams()
         self._repeats = RepeatTable(max_bytes=limits.remembered_bytes, keep_seconds=limits.remembered_seconds)
@@ -131,6 +139,7 @@ class StoreService:
             try:
                 return self._serialised(await handler(self, request))
             except Exception as error:  # noqa: BLE001  # the client hears of each, the log of the unexpected
+                self._suspect(error)
                 return to_failure(error)
 
         async def run_once(request: Any) -> Outcome:
@@ -204,6 +213,7 @@ class StoreService:
                     except StopAsyncIteration:
                         return
                     except Exception as error:  # noqa: BLE001  # as for unary calls
+                        self._suspect(error)
                         failure = to_failure(error)
                         break
                     await context.write(response)

@@ -73,8 +73,8 @@ class UnknownIdError(ValueError):
 class LightningStore(ABC):
     """The control plane between algorithms and runners.
 
-    The abstract methods are the whole obligation of an implementation. The verbs under "For runners" have defaults
-    built on them, so that any store can serve runners; a store that knows when things happen overrides them to do
+    The abstract methods are the whole obligation of an implementation. The verbs under "For runners", and `check_writable`, have
+    defaults built on them, so that any store can serve runners; one that knows when things happen overrides them to do
     better than poll.
     """
 
@@ -88,6 +88,11 @@ class LightningStore(ABC):
     @abstractmethod
     async def statistics(self) -> LightningStoreStatistics:
         """Counts and sizes, cheap enough to ask every second."""
+
+    async def check_writable(self) -> None:
+        """Return if changes can be stored now; otherwise raise what a change would raise. Changes nothing that can be
+        seen. For health checks: cheap enough to be asked every second."""
+        await self.statistics()
 
     async def close(self) -> None:
         """Release what the store holds. Waiting callers are released with an error; closing twice is fine."""

@@ -73,6 +73,10 @@ class ReadingVerbs(EngineCore):
         statistics.update(totals.limits)  # type: ignore[typeddict-item]  # the backend speaks of the same keys
         return statistics
 
+    async def check_writable(self) -> None:
+        await self._enter()
+        await self._persistence.check_writable()
+
     # --- Looking things up -------------------------------------------------------------------------------------
 
     async def query_rollouts(

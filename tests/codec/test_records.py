@@ -369,7 +369,9 @@ def test_statistics() -> None:
 
 def test_every_statistic_has_a_field() -> None:
     statistics: Any = dict.fromkeys(LightningStoreStatistics.__annotations__, 1)
-    statistics.update(name="s", rollouts_by_status={})
+    statistics.update(
+        name="s", rollouts_by_status={}, attempts_by_status={"failed": 2}, expired_attempts={"timeout": 1}
+    )
     message = codec.statistics_to_proto(statistics)
     assert not message.HasField("extra_json")
     assert codec.statistics_from_proto(message) == statistics

@@ -279,7 +279,9 @@ async def test_the_last_word_of_a_storage_that_is_out_of_reach(
     store.away = True
     with pytest.raises(StoreUnavailableError, match="the store is out of reach, as the test wants it"):
         await client.enqueue_rollout(1)
-    assert store.calls["enqueue_many_rollouts"] == 4
+    assert (
+        store.calls["enqueue_many_rollouts"] == 1
+    )  # the server's health says that the others would be in vain
     store.away = False
     assert (await client.enqueue_rollout(1)).status == "queuing"
 

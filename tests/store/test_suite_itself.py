@@ -137,6 +137,6 @@ async def test_alarms_of_closed_event_loops_are_dropped() -> None:
     clock.advance(5)
 
 
-def test_the_contract_is_all_abstract_but_for_runners() -> None:
-    own = {"claim_rollouts", "send_heartbeat", "receive_commands", "send_command"}
+def test_the_contract_is_all_abstract_but_for_runners_and_health() -> None:
+    own = {"check_writable", "claim_rollouts", "send_heartbeat", "receive_commands", "send_command"}
     assert set(VERBS) - LightningStore.__abstractmethods__ == own

@@ -235,3 +235,7 @@ class Persistence(ABC):
     @abstractmethod
     async def totals(self) -> Totals:
         """How much there is, without counting through it."""
+
+    async def check_writable(self) -> None:
+        """Raises what a write would raise now; changes no record. A backend that can tell only by writing writes."""
+        await self.totals()

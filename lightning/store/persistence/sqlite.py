@@ -295,6 +295,9 @@ class SQLitePersistence(Persistence):
             span_bytes=counters.get("span_bytes", 0),
         )
 
+    async def check_writable(self) -> None:
+        await self._writer.submit(_write_something)
+
 
 class _Opened:
     """An open database: who holds the file, who writes, who reads."""
@@ -356,6 +359,10 @@ def _count(connection: sqlite3.Connection) -> tuple[dict[str, int], float | None
     with snapshot(connection):
         head = select(connection, "queued_since").fetchone()
         return dict(select(connection, "counters")), None if head is None else head[0]
+
+
+def _write_something(session: Session) -> None:
+    session.counters.add("checks")
 
 
 def _by_status(counters: dict[str, int], prefix: str) -> dict[str, int]:

@@ -32,6 +32,13 @@ FULL_CONFIG = RolloutConfig(
 class RolloutContract(StoreTheme):
     """Creating rollouts."""
 
+    async def test_asking_whether_it_can_write_changes_nothing(self, store: LightningStore) -> None:
+        await store.check_writable()
+        await store.start_rollout("task", worker_id="w-1")
+        before = await everything(store)
+        await store.check_writable()
+        assert await everything(store) == before
+
     async def test_an_enqueued_rollout_is_recorded_as_it_was_given(self, store: LightningStore) -> None:
         rollout = await store.enqueue_rollout(
             {"question": "why"}, mode="val", config=FULL_CONFIG, metadata={"epoch": 3}
