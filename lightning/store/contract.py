@@ -73,9 +73,9 @@ class UnknownIdError(ValueError):
 class LightningStore(ABC):
     """The control plane between algorithms and runners.
 
-    The abstract methods are the whole obligation of an implementation. The verbs under "For runners", and `check_writable`, have
-    defaults built on them, so that any store can serve runners; one that knows when things happen overrides them to do
-    better than poll.
+    The abstract methods are the whole obligation of an implementation. The verbs under "For runners", and
+    `check_writable`, have defaults built on them, so that any store can serve runners; a store that knows when things
+    happen overrides them to do better than poll.
     """
 
     # --- About the store ---------------------------------------------------------------------------------------
