@@ -114,6 +114,7 @@ def _train(console: Console, plan: TrainingPlan, seed: int, execution: _Executio
     from lightning.demo.episodes import agent
     from lightning.demo.view import TrainingView
     from lightning.execution import ExecutionError
+    from lightning.rpc import RemoteStoreError
     from lightning.training import Trainer
 
     title = f"CartPole-v1, seed {seed}, {execution.title}"
@@ -125,7 +126,7 @@ def _train(console: Console, plan: TrainingPlan, seed: int, execution: _Executio
             runner={"heartbeat_interval": 1.0, "interval_jitter": 0.2},
             **execution.options,
         )
-        with reporting(ConnectionError, ExecutionError, RuntimeError):
+        with reporting(ConnectionError, RemoteStoreError, ExecutionError, RuntimeError):
             trainer.fit()
     return training.result
 

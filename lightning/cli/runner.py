@@ -102,7 +102,7 @@ def run_runners(
     """
     from lightning.execution import ClientServerExecutionStrategy
     from lightning.execution.base import WORKER_PREFIX_VARIABLE
-    from lightning.rpc import LightningStoreClient
+    from lightning.rpc import LightningStoreClient, RemoteStoreError
     from lightning.rpc.address import parse_endpoint
     from lightning.training import Trainer
 
@@ -134,7 +134,7 @@ def run_runners(
     typer.echo(
         f"{n_runners} runner{'s' if n_runners > 1 else ''} of {agent} at {client.endpoint}, Ctrl-C ends them"
     )
-    with reporting(RuntimeError, ConnectionError):
+    with reporting(RuntimeError, ConnectionError, RemoteStoreError):
         trainer.run()
     typer.echo("the runners have ended, as they were told to")
 
@@ -151,6 +151,7 @@ async def _wait_for_server(client: LightningStoreClient, limit: float | None) ->
             typer.echo(f"waiting for a store server at {address} …", err=True)
         with reporting(Unauthenticated, PermissionDenied, UntrustedServerError):
             await waiting
+            await client.dequeue_many_rollouts(limit=0)  # claims nothing, but only who may claim may do so
     except (ConnectionError, TimeoutError, asyncio.TimeoutError):
         raise CommandError(
             f"there is no store server at {address} (waited {limit:g} s); start one with: lightning store"

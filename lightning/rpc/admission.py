@@ -31,7 +31,8 @@ class Admission:
         self._limits = limits
         self._allowances: OrderedDict[str, tuple[float, float]] = OrderedDict()
         """By client: how many calls it may make at once, and when that was so."""
-        self._held_bytes = 0
+        self.held_bytes = 0
+        """How many bytes of requests are being worked on."""
         self._freed = asyncio.Event()
         self.streams = 0
         """How many streams are open."""
@@ -50,9 +51,9 @@ class Admission:
                 "(--max-streams)"
             )
         size_bytes = call.received_bytes
-        if self._held_bytes + size_bytes > limits.in_flight_bytes:
+        if self.held_bytes + size_bytes > limits.in_flight_bytes:
             raise LimitExceededError(
-                f"the server is working on requests of {self._held_bytes} bytes, and has no room for {size_bytes} "
+                f"the server is working on requests of {self.held_bytes} bytes, and has no room for {size_bytes} "
                 "more; send less at a time, or raise max_in_flight_bytes of LightningStoreServer "
                 "(--max-in-flight-bytes)"
             )
@@ -70,7 +71,7 @@ class Admission:
         counted_bytes = call.received_bytes
         async for request in requests:
             size_bytes, counted_bytes = call.received_bytes - counted_bytes, call.received_bytes
-            while self._held_bytes and self._held_bytes + size_bytes > self._limits.in_flight_bytes:
+            while self.held_bytes and self.held_bytes + size_bytes > self._limits.in_flight_bytes:
                 self._freed.clear()
                 await self._freed.wait()
             self._hold(call, size_bytes)
@@ -79,10 +80,10 @@ class Admission:
 
     def _hold(self, call: Call, size_bytes: int) -> None:
         call.held_bytes = size_bytes
-        self._held_bytes += size_bytes
+        self.held_bytes += size_bytes
 
     def _let_go(self, call: Call) -> None:
-        self._held_bytes -= call.held_bytes
+        self.held_bytes -= call.held_bytes
         call.held_bytes = 0
         self._freed.set()
 

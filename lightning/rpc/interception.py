@@ -97,7 +97,8 @@ class Reception(grpc.aio.ServerInterceptor):
         call = Call(method, handler.request_streaming or handler.response_streaming)
         try:
             if self._guard is not None:
-                call.caller = self._guard.admit(method, details.invocation_metadata or ())
+                call.caller = self._guard.identify(method, details.invocation_metadata or ())
+                self._guard.authorize(method, call.caller)
         except RemoteStoreError as error:
             return self._refusal(call, error)
         return self._around(handler, call)

@@ -94,7 +94,7 @@ class Guard:
         self._entries = Followed([path], lambda: {entry.sha256: entry for entry in read_tokens(path)})
         self._owner_digest = digest(owner_token)
 
-    def admit(self, method: str, metadata: Iterable[tuple[str, str | bytes]]) -> Caller | None:
+    def identify(self, method: str, metadata: Iterable[tuple[str, str | bytes]]) -> Caller | None:
         """Who calls; None if that does not matter.
 
         Args:
@@ -103,21 +103,23 @@ class Guard:
 
         Raises:
             Unauthenticated: There is no token with it, or not a valid one.
-            PermissionDenied: The token's role does not allow the RPC.
         """
+        return None if PERMISSIONS.get(method) is Permission.OPEN else self._identify(metadata)
+
+    @staticmethod
+    def authorize(method: str, caller: Caller | None) -> None:
+        """Raises `PermissionDenied` if this is nothing for the caller's role."""
         permission = PERMISSIONS.get(method)
-        if permission is Permission.OPEN:
-            return None
-        caller = self._identify(metadata)
         if permission is None:
             raise PermissionDenied(f"no role may call {method}: the server has no rule for it")
-        if permission not in ROLES[caller.role]:
-            raise PermissionDenied(
-                f"the token {caller.name!r} has the role {caller.role!r}, which may not call "
-                f"{method.rpartition('/')[2]}: that takes the role {_least_role(permission)!r}; "
-                f"ask whoever runs the server for such a token (lightning token new --role {_least_role(permission)})"
-            )
-        return caller
+        if caller is None or permission in ROLES[caller.role]:
+            return
+        role = _least_role(permission)
+        raise PermissionDenied(
+            f"the token {caller.name!r} has the role {caller.role!r}, which may not call {method.rpartition('/')[2]}: "
+            f"that takes the role {role!r}; ask whoever runs the server for such a token "
+            f"(lightning token new --role {role})"
+        )
 
     def _identify(self, metadata: Iterable[tuple[str, str | bytes]]) -> Caller:
         shown = [value for key, value in metadata if key == AUTHORIZATION_KEY]

@@ -294,7 +294,8 @@ class LightningStoreServer(ForwardingStore):
         observers: list[Observer] = [] if metrics is None else [metrics]
         if self._access_log:
             observers.append(AccessLog())
-        reception = Reception(self._guard, Admission(self._limits), observers)
+        admission = Admission(self._limits)
+        reception = Reception(self._guard, admission, observers)
         server = grpc.aio.server(options=self._limits.channel_options(), interceptors=(reception,))
         server.add_generic_rpc_handlers((service.generic_handler(),))
         health_pb2_grpc.add_HealthServicer_to_server(checks, server)
@@ -306,7 +307,7 @@ class LightningStoreServer(ForwardingStore):
             ),
             server,
         )
-        running = _Running(thread, server, service, checks, metrics)
+        running = _Running(thread, server, service, checks, admission, metrics)
         try:
             if metrics is not None and self._metrics_at is not None:
                 running.metrics_url = f"http://{metrics.serve(self._metrics_at)}/metrics"
@@ -364,12 +365,14 @@ class _Running:
         server: grpc.aio.Server,
         service: StoreService,
         health: Health,
+        admission: Admission,
         metrics: Metrics | None,
     ) -> None:
         self.thread = thread
         self.server = server
         self.service = service
         self.health = health
+        self.admission = admission
         self.port = 0
         self.metrics_url: str | None = None
         self._metrics = metrics

@@ -113,8 +113,14 @@ def test_the_worked_example_works(shell: Shell) -> None:
         stack.enter_context(shell.running(block("sh", "lightning store"), "Ctrl-C ends it"))
         stack.enter_context(shell.running(block("sh", "lightning runner"), "Ctrl-C ends them"))
         assert shell.run("python look.py") == "succeeded\n"
-        # and without a token nothing
-        refused = shell.run(
-            block("sh", "lightning runner").replace("--token-file runner.token", "").strip() + " 2>&1 || true"
-        )
-        assert refused.startswith("error: the server wants a token")
+        # and without a token, or with one of another role, nothing: one line says why
+        runner = block("sh", "lightning runner").strip()
+        shell.run("lightning token new --role viewer > viewer.token")
+        for options, problem in (
+            ("", "the server wants a token"),
+            ("--token-file viewer.token", "has the role 'viewer'"),
+        ):
+            refused = shell.run(runner.replace("--token-file runner.token", options) + " 2>&1 || true")
+            assert refused.startswith("error: ")
+            assert problem in refused
+            assert refused.count("\n") == 1

@@ -8,7 +8,7 @@ from typing import Any
 
 import trustme
 
-TRANSIENT = {"not_before": timedelta(days=-2), "not_after": timedelta(days=1)}
+VALID = {"not_before": timedelta(days=-2), "not_after": timedelta(days=1)}
 EXPIRED = {"not_before": timedelta(days=-2), "not_after": timedelta(days=-1)}
 
 
@@ -26,7 +26,7 @@ class Authority:
         self.file = folder / f"{name}.pem"
         self._authority.cert_pem.write_to_path(self.file)
 
-    def issue(self, name: str, *hosts: str, validity: dict[str, timedelta] = TRANSIENT) -> tuple[Path, Path]:
+    def issue(self, name: str, *hosts: str, validity: dict[str, timedelta] = VALID) -> tuple[Path, Path]:
         """The files of a new certificate that names `hosts`, and of its key. Files of that name are replaced."""
         now = datetime.now(timezone.utc)
         issued = self._authority.issue_cert(*hosts, **{key: now + delta for key, delta in validity.items()})

@@ -10,6 +10,7 @@ import time
 import urllib.request
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,39 @@ async def test_the_rate_of_calls_is_limited_by_client(
         assert (await health.Check(health_pb2.HealthCheckRequest(), timeout=10)).status == SERVING
 
 
+async def test_calls_that_break_off_leave_no_room_taken(serve: Any, channels: Any, caplog: Any) -> None:
+    """Whatever happens to calls: what they took is given back, to the last byte."""
+    caplog.set_level(logging.INFO, logger="lightning.access")
+    server = await serve(max_streams=5, max_message_bytes=10_000, max_in_flight_bytes=20_000, access_log=True)
+    stub = LightningStoreServiceStub(channels(server))
+    calls: list[Any] = []
+    for number in range(60):
+        kind = number % 4
+        if kind == 0:
+            calls.append(
+                stub.DequeueRollouts(pb.DequeueRolloutsRequest(limit=1, wait_seconds=50), timeout=50)
+            )
+        elif kind == 1:
+            stream = stub.WorkerSession(timeout=50)
+            with suppress(grpc.aio.AioRpcError):  # there may be too many
+                await stream.write(pb.WorkerSessionRequest(hello={"worker_id": f"w-{number}"}))
+            calls.append(stream)
+        elif kind == 2:
+            calls.append(stub.UpdateRollout(pb.UpdateRolloutRequest(rollout_id="x" * 5000), timeout=0.0005))
+        else:
+            calls.append(stub.QuerySpans(pb.QuerySpansRequest(rollout_id="ro-1"), timeout=50))
+    for call in calls:
+        call.cancel()
+    admission = server._running.admission
+
+    async def nothing_is_held() -> bool:
+        return (admission.streams, admission.held_bytes) == (0, 0)
+
+    await eventually(nothing_is_held)
+    (answer,) = [update async for update in stub.QueryRollouts(pb.QueryRolloutsRequest(), timeout=10)]
+    assert answer.page_info.total == 0
+
+
 async def test_a_burst_within_the_rate_is_let_in(serve: Any, connect: Any) -> None:
     client = connect((await serve(max_calls_per_second=1000)).endpoint)
     await asyncio.gather(*(client.statistics() for _ in range(100)))
@@ -189,6 +223,35 @@ async def test_sqlite_tells_whether_it_can_write(tmp_path: Path) -> None:
     await store.close()
 
 
+async def test_health_follows_the_room_on_the_disk(
+    serve: Any, connect: Any, tmp_path: Path, channels: Any
+) -> None:
+    store = SQLiteLightningStore(tmp_path / "store.db")
+    server = await serve(store)
+    client = connect(server.endpoint)
+    await client.enqueue_rollout(1)
+
+    async def limit_pages(spare: int | None) -> None:
+        def limit(session: Any) -> None:
+            (pages,) = session.connection.execute("PRAGMA page_count").fetchone()
+            most = 2**31 if spare is None else pages + spare
+            session.connection.execute(f"PRAGMA max_page_count = {most}")
+
+        await store._persistence._writer.submit(limit)  # type: ignore[attr-defined]
+
+    stub = health_pb2_grpc.HealthStub(channels(server))
+    watch = stub.Watch(health_pb2.HealthCheckRequest(service=SERVICE_NAME), timeout=DEADLINE_SECONDS)
+    assert (await watch.read()).status == SERVING
+    await limit_pages(0)
+    with pytest.raises(RuntimeError, match="no room left"):
+        await client.enqueue_rollout("x" * 100_000)
+    assert (await watch.read()).status == NOT_SERVING
+    await limit_pages(None)
+    assert (await watch.read()).status == SERVING
+    await client.enqueue_rollout("x" * 100_000)
+    watch.cancel()
+
+
 # --- The access log --------------------------------------------------------------------------------------------
 
 
@@ -219,7 +282,7 @@ async def test_the_access_log_has_a_line_for_each_call(
     found = [re.fullmatch(form, line) for line in lines()]
     assert [match and match.group(1, 2, 3) for match in found] == [
         ("QueryRollouts", "wall", "OK"),
-        ("EnqueueRollouts", "-", "PERMISSION_DENIED"),
+        ("EnqueueRollouts", "wall", "PERMISSION_DENIED"),
         ("GetRollout", "-", "UNAUTHENTICATED"),
     ]
     assert found[0] is not None

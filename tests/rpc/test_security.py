@@ -27,6 +27,7 @@ from lightning.rpc.service import SERVICE, SERVICE_NAME
 from lightning.rpc.tokens import TokenEntry, add_token, digest, make_token, read_tokens, revoke_token
 from lightning.store import InMemoryLightningStore
 from lightning.testing.unreliable import UnreliableStore
+from tests.rpc.certificates import EXPIRED, VALID, Authority
 
 pytestmark = pytest.mark.anyio
 
@@ -152,6 +153,24 @@ async def test_every_rpc_is_allowed_to_whom_the_page_says(
         assert not store.calls
 
 
+async def test_an_expired_certificate_opens_nothing_whatever_the_token(
+    serve: Any, store: UnreliableStore, tokens: Tokens, tmp_path: Path
+) -> None:
+    ours = Authority(tmp_path)
+    options = ours.server_options(tls_client_ca=ours.file, tokens=tokens.path)
+    server = await serve(store, **options)
+    for validity, opens in ((EXPIRED, False), (VALID, True)):
+        cert, key = ours.issue("client", "client-1", validity=validity)
+        credentials = grpc.ssl_channel_credentials(
+            ours.file.read_bytes(), key.read_bytes(), cert.read_bytes()
+        )
+        async with grpc.aio.secure_channel(f"127.0.0.1:{server.port}", credentials) as channel:
+            for name in TABLE:
+                code = await outcome(channel, name, tokens.by_role["algorithm"])
+                assert (code is not StatusCode.UNAVAILABLE) == opens, (name, code)
+        assert bool(store.calls) == opens
+
+
 async def test_a_refused_call_changes_nothing_and_says_what_to_do(
     guarded: LightningStoreServer, tokens: Tokens, connect: Any
 ) -> None:
@@ -192,10 +211,15 @@ async def test_a_refused_request_is_not_read(channel: grpc.aio.Channel) -> None:
 def test_a_call_that_is_not_in_the_table_is_allowed_to_nobody(tokens: Tokens) -> None:
     guard = Guard(str(tokens.path), make_token())
     metadata = (("authorization", f"Bearer {tokens.by_role['algorithm']}"),)
-    with pytest.raises(PermissionDenied, match="no rule"):
-        guard.admit("/lightningpb.v1.LightningStoreService/Invented", metadata)
+    invented = "/lightningpb.v1.LightningStoreService/Invented"
+    caller = guard.identify(invented, metadata)
+    assert caller is not None
+    assert caller.role == "algorithm"
+    for anybody in (caller, None):
+        with pytest.raises(PermissionDenied, match="no rule"):
+            guard.authorize(invented, anybody)
     with pytest.raises(Unauthenticated):
-        guard.admit("/lightningpb.v1.LightningStoreService/Invented", ())
+        guard.identify(invented, ())
 
 
 @pytest.mark.parametrize(
@@ -223,7 +247,7 @@ def test_malformed_credentials_are_refused(tokens: Tokens, metadata: Any) -> Non
         for key, value in metadata
     ]
     with pytest.raises(Unauthenticated) as caught:
-        guard.admit(f"/{SERVICE_NAME}/GetRollout", sent)
+        guard.identify(f"/{SERVICE_NAME}/GetRollout", sent)
     assert token not in str(caught.value)
 
 
