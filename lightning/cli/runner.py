@@ -141,7 +141,7 @@ def run_runners(
 
 async def _wait_for_server(client: LightningStoreClient, limit: float | None) -> None:
     """Return when the server answers and lets us in. Raises `CommandError` after `limit` seconds (None: never)."""
-    from lightning.rpc import PermissionDenied, Unauthenticated, UntrustedServerError
+    from lightning.rpc import LimitExceededError, PermissionDenied, Unauthenticated, UntrustedServerError
 
     address = client.endpoint
     try:
@@ -149,7 +149,7 @@ async def _wait_for_server(client: LightningStoreClient, limit: float | None) ->
         await asyncio.wait({waiting}, timeout=_PATIENCE_SECONDS)
         if not waiting.done():
             typer.echo(f"waiting for a store server at {address} …", err=True)
-        with reporting(Unauthenticated, PermissionDenied, UntrustedServerError):
+        with reporting(LimitExceededError, Unauthenticated, PermissionDenied, UntrustedServerError):
             await waiting
             await client.dequeue_many_rollouts(limit=0)  # claims nothing, but only who may claim may do so
     except (ConnectionError, TimeoutError, asyncio.TimeoutError):

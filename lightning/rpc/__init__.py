@@ -6,6 +6,7 @@ from __future__ import annotations
 from lightning.rpc.client import LightningStoreClient
 from lightning.rpc.errors import (
     LimitExceededError,
+    OverloadedError,
     PermissionDenied,
     RemoteStoreError,
     StoreDrainingError,
@@ -20,6 +21,7 @@ __all__ = [
     "LightningStoreClient",
     "LightningStoreServer",
     "LimitExceededError",
+    "OverloadedError",
     "PermissionDenied",
     "RemoteStoreError",
     "StoreDrainingError",

@@ -9,7 +9,7 @@ from collections import OrderedDict
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import TYPE_CHECKING, Any
 
-from lightning.rpc.errors import LimitExceededError
+from lightning.rpc.errors import OverloadedError
 from lightning.rpc.security import PERMISSIONS, Permission
 
 if TYPE_CHECKING:
@@ -18,6 +18,22 @@ if TYPE_CHECKING:
 
 _MAX_CLIENTS = 10_000
 """As many are remembered, for the rate of their calls; of those that called longest ago nothing matters any more."""
+
+
+class Place:
+    """The room that a call takes up, which it gives back at the end of the block."""
+
+    __slots__ = ("_admission", "_call")
+
+    def __init__(self, admission: Admission, call: Call) -> None:
+        self._admission = admission
+        self._call = call
+
+    def __enter__(self) -> None:
+        return
+
+    def __exit__(self, *_: object) -> None:
+        self._admission.leave(self._call)
 
 
 class Admission:
@@ -37,28 +53,29 @@ class Admission:
         self.streams = 0
         """How many streams are open."""
 
-    def enter(self, call: Call) -> None:
-        """A call begins. To be followed by `leave`, if it does not raise.
+    def enter(self, call: Call) -> Place:
+        """Room for a call that begins.
 
         Raises:
-            LimitExceededError: There is no room for it.
+            OverloadedError: There is no room for it.
         """
         self._check_rate(call)
         limits = self._limits
         if call.is_stream and self.streams >= limits.max_streams:
-            raise LimitExceededError(
+            raise OverloadedError(
                 f"the server has {self.streams} streams open already; raise max_streams of LightningStoreServer "
                 "(--max-streams)"
             )
         size_bytes = call.received_bytes
         if self.held_bytes + size_bytes > limits.in_flight_bytes:
-            raise LimitExceededError(
+            raise OverloadedError(
                 f"the server is working on requests of {self.held_bytes} bytes, and has no room for {size_bytes} "
                 "more; send less at a time, or raise max_in_flight_bytes of LightningStoreServer "
                 "(--max-in-flight-bytes)"
             )
         self.streams += call.is_stream
         self._hold(call, size_bytes)
+        return Place(self, call)
 
     def leave(self, call: Call) -> None:
         """A call is over."""
@@ -100,7 +117,7 @@ class Admission:
         while len(self._allowances) > _MAX_CLIENTS:
             self._allowances.popitem(last=False)
         if not admitted:
-            raise LimitExceededError(
+            raise OverloadedError(
                 f"{call.client!r} makes more than {rate:g} calls a second; slow down, or raise max_calls_per_second "
                 "of LightningStoreServer (--max-calls-per-second)"
             )

@@ -27,6 +27,7 @@ from lightning.rpc.errors import (
     from_status,
     is_connection_failure,
     is_draining,
+    is_overloaded,
     tls_problem,
 )
 from lightning.rpc.options import ClientOptions
@@ -246,7 +247,9 @@ class Connection:
         """What calls raise after `close`."""
         return RuntimeError(f"the client of {self.endpoint} was closed")
 
-    def _unavailable(self, error: AioRpcError, seconds: float) -> StoreUnavailableError:
+    def _unavailable(self, error: AioRpcError, seconds: float) -> Exception:
+        if is_overloaded(error):
+            return from_status(error, str(self.endpoint))
         tries = len(self.options.retry_delays) + 1
         kind = StoreDrainingError if is_draining(error) else StoreUnavailableError
         return kind(

@@ -10,6 +10,7 @@ subclass `UnknownIdError`), `TypeError`, `NotImplementedError`, `RuntimeError` (
     │   └── UntrustedServerError no secure connection: the message says what is wrong with whose certificate
     ├── StoreInternalError       the server or its store has a defect; the server's log has the traceback
     ├── LimitExceededError       the message says which limit, and which setting raises it
+    │   └── OverloadedError      there is no room now and may be later; also a ConnectionError
     ├── Unauthenticated          no credentials, or bad ones
     └── PermissionDenied         the caller's role does not allow the call
 
@@ -70,6 +71,10 @@ class LimitExceededError(RemoteStoreError):
     """A limit was exceeded. The message says which, and the setting that raises it."""
 
 
+class OverloadedError(LimitExceededError, ConnectionError):
+    """Too much is going on at once, so the call was refused before it began; later there may be room."""
+
+
 class Unauthenticated(RemoteStoreError):
     """The server wants to know who is calling, and was shown no credentials or bad ones."""
 
@@ -88,6 +93,7 @@ class _Row:
 _TABLE = (
     # The first row that an exception is an instance of describes it, so subclasses come first. The first row of a
     # reason and type name says what the client raises.
+    _Row(OverloadedError, StatusCode.RESOURCE_EXHAUSTED, errors_pb2.ERROR_REASON_LIMIT_EXCEEDED),
     _Row(StoreDrainingError, StatusCode.UNAVAILABLE, errors_pb2.ERROR_REASON_DRAINING),
     _Row(StoreUnavailableError, StatusCode.UNAVAILABLE, errors_pb2.ERROR_REASON_UNAVAILABLE),
     _Row(BrokerClosed, StatusCode.UNAVAILABLE, errors_pb2.ERROR_REASON_UNAVAILABLE),
@@ -110,8 +116,9 @@ _TABLE = (
 )
 
 _BY_TYPE = {(row.reason, row.exception.__name__): row.exception for row in reversed(_TABLE)}
-_BY_REASON = {row.reason: row.exception for row in reversed(_TABLE)}
-_BY_STATUS = {row.status: row.exception for row in reversed(_TABLE)}
+_GENERAL = [row for row in reversed(_TABLE) if row.exception is not OverloadedError]
+_BY_REASON = {row.reason: row.exception for row in _GENERAL}
+_BY_STATUS = {row.status: row.exception for row in _GENERAL}
 
 _CONNECTION_REASONS = frozenset({errors_pb2.ERROR_REASON_UNAVAILABLE, errors_pb2.ERROR_REASON_DRAINING})
 _CONNECTION_STATUSES = frozenset(
@@ -194,7 +201,7 @@ def is_connection_failure(error: AioRpcError) -> bool:
     """Whether the call did not get through or its answer was lost, so that it makes sense to repeat it."""
     detail = _detail_of(error)
     if detail is not None:
-        return detail.reason in _CONNECTION_REASONS
+        return detail.reason in _CONNECTION_REASONS or is_overloaded(error)
     if error.code() is StatusCode.INTERNAL:
         return any(sign in (error.details() or "") for sign in _BROKEN_STREAM_SIGNS)
     return error.code() in _CONNECTION_STATUSES
@@ -207,6 +214,12 @@ def tls_problem(error: AioRpcError, endpoint: Endpoint) -> UntrustedServerError 
         if endpoint.secure and sign in said:
             return UntrustedServerError(f"no secure connection to {endpoint}: {problem}")
     return None
+
+
+def is_overloaded(error: AioRpcError) -> bool:
+    """Whether the server refused the call because there was no room for it just then."""
+    detail = _detail_of(error)
+    return detail is not None and detail.exception_type == OverloadedError.__name__
 
 
 def is_draining(error: AioRpcError) -> bool:

@@ -7,7 +7,6 @@ arrives ─▶ guard: who calls, and may they? ─▶ admission: is there room? 
 from __future__ import annotations
 
 import asyncio
-import inspect
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import grpc
 from grpc.aio import ServicerContext
 
-from lightning.rpc.admission import Admission
+from lightning.rpc.admission import Admission, Place
 from lightning.rpc.errors import RemoteStoreError, abort, to_failure
 from lightning.rpc.security import Caller, Guard
 
@@ -78,10 +77,14 @@ class Reception(grpc.aio.ServerInterceptor):
         guard: Decides who may call what; None lets everybody in.
         admission: Decides whether there is room.
         observers: Hear of each call.
+        certificates: Whether clients are asked for certificates.
     """
 
-    def __init__(self, guard: Guard | None, admission: Admission, observers: Sequence[Observer] = ()) -> None:
+    def __init__(
+        self, guard: Guard | None, admission: Admission, observers: Sequence[Observer], *, certificates: bool
+    ) -> None:
         self._guard = guard
+        self._certificates = certificates
         self._admission = admission
         self._observers = observers
 
@@ -106,7 +109,8 @@ class Reception(grpc.aio.ServerInterceptor):
     def _refusal(self, call: Call, error: RemoteStoreError) -> Handler:
         # as a stream, whatever the method is, for that reads nothing of the request
         async def refuse(_: AsyncIterator[bytes], context: Context) -> None:
-            await self._observe(call, context, lambda: abort(context, to_failure(error)))
+            with self._visit(call, context):
+                await abort(context, to_failure(error))
 
         return grpc.stream_stream_rpc_method_handler(refuse)
 
@@ -116,7 +120,6 @@ class Reception(grpc.aio.ServerInterceptor):
             "_stream" if handler.response_streaming else "_unary"
         )
         inner = getattr(handler, shape)
-
         receive = _counting(call, "received_bytes", handler.request_deserializer, before=True)
         send = _counting(call, "sent_bytes", handler.response_serializer, before=False)
 
@@ -126,13 +129,19 @@ class Reception(grpc.aio.ServerInterceptor):
             )
 
         async def one_response(request: Any, context: Context) -> Any:
-            async def respond() -> Any:  # serialised here, for gRPC does so when the call is over
-                return send(await _result(begin(request, context)))
-
-            return await self._admit(call, context, respond)
+            with self._visit(call, context), await self._admitted(call, context):
+                outcome = begin(request, context)
+                response = await outcome if hasattr(outcome, "__await__") else outcome
+                return send(response)  # here, for gRPC would do so when the call is over
 
         async def many_responses(request: Any, context: Context) -> None:
-            await self._admit(call, context, lambda: _send_all(begin(request, context), context))
+            with self._visit(call, context), await self._admitted(call, context):
+                outcome = begin(request, context)
+                if hasattr(outcome, "__await__"):  # it writes them itself
+                    await outcome
+                    return
+                async for response in outcome:
+                    await context.write(response)
 
         make = getattr(grpc, f"{shape}_rpc_method_handler")
         wrapped: Handler = (
@@ -142,54 +151,57 @@ class Reception(grpc.aio.ServerInterceptor):
         )
         return wrapped
 
-    async def _admit(self, call: Call, context: Context, body: Callable[[], Awaitable[Any]]) -> Any:
-        """The call, if there is room for it."""
+    def _visit(self, call: Call, context: Context) -> _Visit:
+        return _Visit(call, context, self._observers, self._certificates)
 
-        async def admitted() -> Any:
-            try:
-                self._admission.enter(call)
-            except RemoteStoreError as error:
-                await abort(context, to_failure(error))
-            try:
-                return await body()
-            finally:
-                self._admission.leave(call)
+    async def _admitted(self, call: Call, context: Context) -> Place:
+        """Room for a call, or the end of it."""
+        try:
+            return self._admission.enter(call)
+        except RemoteStoreError as error:
+            await abort(context, to_failure(error))
 
-        return await self._observe(call, context, admitted)
 
-    async def _observe(self, call: Call, context: Context, body: Callable[[], Awaitable[Any]]) -> Any:
-        call.peer = context.peer()
-        names = list(context.auth_context().get("x509_common_name", ()))
-        call.certificate_name = names[0].decode("utf-8", "replace") if names else None
+class _Visit:
+    """A call, from when its handler begins until that has ended, however it does."""
+
+    __slots__ = ("_call", "_certificates", "_context", "_observers")
+
+    def __init__(
+        self, call: Call, context: Context, observers: Sequence[Observer], certificates: bool
+    ) -> None:
+        self._call = call
+        self._context = context
+        self._observers = observers
+        self._certificates = certificates
+
+    def __enter__(self) -> None:
+        call = self._call
+        call.peer = self._context.peer()
+        if self._certificates:
+            names = list(self._context.auth_context().get("x509_common_name", ()))
+            call.certificate_name = names[0].decode("utf-8", "replace") if names else None
         for observer in self._observers:
             observer.begun(call)
-        try:
-            result = await body()
-            call.code = _code(context, grpc.StatusCode.OK)
-        except asyncio.CancelledError:
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        call = self._call
+        if kind is None:
+            call.code = self._code(grpc.StatusCode.OK)
+        elif issubclass(kind, asyncio.CancelledError):
             call.code = grpc.StatusCode.CANCELLED
-            raise
-        except BaseException:
-            call.code = _code(context, grpc.StatusCode.UNKNOWN)
-            raise
         else:
-            return result
-        finally:
-            for observer in self._observers:
-                observer.ended(call)
+            call.code = self._code(grpc.StatusCode.UNKNOWN)
+        for observer in self._observers:
+            observer.ended(call)
+
+    def _code(self, otherwise: grpc.StatusCode) -> grpc.StatusCode:
+        """The status that the handler set, if it set one."""
+        code: Any = self._context.code()  # gRPC hands out both numbers and members
+        return _CODES.get(code, code) if code else otherwise
 
 
-async def _result(outcome: Any) -> Any:
-    return await outcome if inspect.isawaitable(outcome) else outcome
-
-
-async def _send_all(outcome: Any, context: Context) -> None:
-    """A handler of many responses writes them itself, or yields them."""
-    if inspect.isawaitable(outcome):
-        await outcome
-        return
-    async for response in outcome:
-        await context.write(response)
+_CODES: dict[Any, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}
 
 
 def _counting(
@@ -203,11 +215,3 @@ def _counting(
         return converted
 
     return counting
-
-
-def _code(context: Context, otherwise: grpc.StatusCode) -> grpc.StatusCode:
-    """The status that a handler set, if it set one."""
-    code: Any = context.code()
-    if isinstance(code, int):  # gRPC hands out both forms
-        code = next((status for status in grpc.StatusCode if status.value[0] == code), otherwise)
-    return code if code and code is not grpc.StatusCode.OK else otherwise

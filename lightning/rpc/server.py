@@ -295,7 +295,12 @@ class LightningStoreServer(ForwardingStore):
         if self._access_log:
             observers.append(AccessLog())
         admission = Admission(self._limits)
-        reception = Reception(self._guard, admission, observers)
+        reception = Reception(
+            self._guard,
+            admission,
+            observers,
+            certificates=self._tls is not None and self._tls.client_ca is not None,
+        )
         server = grpc.aio.server(options=self._limits.channel_options(), interceptors=(reception,))
         server.add_generic_rpc_handlers((service.generic_handler(),))
         health_pb2_grpc.add_HealthServicer_to_server(checks, server)

@@ -29,7 +29,9 @@ class Authority:
     def issue(self, name: str, *hosts: str, validity: dict[str, timedelta] = VALID) -> tuple[Path, Path]:
         """The files of a new certificate that names `hosts`, and of its key. Files of that name are replaced."""
         now = datetime.now(timezone.utc)
-        issued = self._authority.issue_cert(*hosts, **{key: now + delta for key, delta in validity.items()})
+        issued = self._authority.issue_cert(
+            *hosts, common_name=name, **{key: now + delta for key, delta in validity.items()}
+        )
         cert, key = self._folder / f"{name}.pem", self._folder / f"{name}.key"
         issued.private_key_pem.write_to_path(key)
         cert.write_bytes(b"".join(part.bytes() for part in issued.cert_chain_pems))

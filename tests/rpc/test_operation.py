@@ -20,7 +20,13 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from lightningpb.v1 import store_service_pb2 as pb
 from lightningpb.v1.store_service_pb2_grpc import LightningStoreServiceStub
 
-from lightning.rpc import LightningStoreClient, LightningStoreServer, LimitExceededError, PermissionDenied
+from lightning.rpc import (
+    LightningStoreClient,
+    LightningStoreServer,
+    LimitExceededError,
+    OverloadedError,
+    PermissionDenied,
+)
 from lightning.rpc.service import SERVICE_NAME
 from lightning.rpc.tokens import add_token
 from lightning.store import InMemoryLightningStore, SQLiteLightningStore
@@ -120,9 +126,7 @@ async def test_the_rate_of_calls_is_limited_by_client(
     server = await serve(tokens=tmp_path / "tokens.json", max_calls_per_second=0.001)
     quick, other = (connect(server.endpoint, token=token) for token in tokens)
     await quick.statistics()
-    with pytest.raises(
-        LimitExceededError, match=r"'quick' makes more than 0\.001 calls.*max_calls_per_second"
-    ):
+    with pytest.raises(OverloadedError, match=r"'quick' makes more than 0\.001 calls.*max_calls_per_second"):
         await quick.statistics()
     await other.statistics()
     health = health_pb2_grpc.HealthStub(channels(server))
@@ -161,6 +165,12 @@ async def test_calls_that_break_off_leave_no_room_taken(serve: Any, channels: An
     await eventually(nothing_is_held)
     (answer,) = [update async for update in stub.QueryRollouts(pb.QueryRolloutsRequest(), timeout=10)]
     assert answer.page_info.total == 0
+
+
+async def test_a_client_waits_for_its_turn(serve: Any, connect: Any) -> None:
+    client = connect((await serve(max_calls_per_second=20)).endpoint, retry_delays=(0.05,) * 40)
+    stored = await asyncio.gather(*(client.enqueue_rollout(number) for number in range(30)))
+    assert len({rollout.rollout_id for rollout in stored}) == 30
 
 
 async def test_a_burst_within_the_rate_is_let_in(serve: Any, connect: Any) -> None:

@@ -119,8 +119,11 @@ async def test_one_speaks_tls_and_the_other_does_not(ours: Authority, serve: Any
         await connect(f"127.0.0.1:{secure.port}").wait_until_ready(0.01)
 
 
-async def test_mutual_tls(ours: Authority, theirs: Authority, serve: Any, connect: Any) -> None:
-    server = await serve(**ours.server_options(tls_client_ca=ours.file))
+async def test_mutual_tls(
+    ours: Authority, theirs: Authority, serve: Any, connect: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="lightning.access")
+    server = await serve(**ours.server_options(tls_client_ca=ours.file, access_log=True))
     good = dict(zip(("tls_cert", "tls_key"), ours.issue("runner", "runner-1"), strict=True))
     assert await answers(connect(server.endpoint, tls_ca=ours.file, **good))
     bad: list[dict[str, Any]] = [
@@ -134,6 +137,8 @@ async def test_mutual_tls(ours: Authority, theirs: Authority, serve: Any, connec
     copy: LightningStoreServer = pickle.loads(pickle.dumps(server))  # shows the server's certificate
     assert await answers(copy)  # type: ignore[arg-type]
     await copy.close()
+    assert "GetStatistics peer=ipv4:127.0.0.1:" in caplog.text
+    assert " token=- certificate=runner code=OK " in caplog.text
 
 
 async def test_new_certificates_are_taken_up(
