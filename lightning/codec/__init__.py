@@ -7,6 +7,7 @@ naming the path; decoding raises `ValueError` for what no honest peer sends. Not
 from __future__ import annotations
 
 from lightning.codec.attributes import MAX_ATTRIBUTE_DEPTH, read_attributes, write_attributes
+from lightning.codec.batches import batch_request
 from lightning.codec.building import build, decode_object, encode_object
 from lightning.codec.enums import (
     ATTEMPT_STATUS,
@@ -78,6 +79,7 @@ __all__ = [
     "attempt_from_proto",
     "attempt_to_proto",
     "attempted_rollout_from_proto",
+    "batch_request",
     "build",
     "capabilities_from_proto",
     "capabilities_to_proto",

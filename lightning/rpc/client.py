@@ -396,6 +396,10 @@ class LightningStoreClient(RemoteReads):
 
     # --- For runners -------------------------------------------------------------------------------------------
 
+    async def deliver_spans(self, spans: Sequence[Span]) -> int:
+        encoded = [codec.encode_span(span) for span in spans]
+        return await self._connect().deliver_spans(encoded) if encoded else 0
+
     async def send_heartbeat(self, heartbeat: WorkerHeartbeat) -> HeartbeatReply:
         request = pb.SendHeartbeatRequest(request_id=_new_id(), heartbeat=codec.heartbeat_to_proto(heartbeat))
         response = await self._call("SendHeartbeat", request)

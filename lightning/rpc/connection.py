@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import grpc.aio
 from grpc.aio import AioRpcError
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from lightningpb.v1 import store_service_pb2 as pb
 from lightningpb.v1.store_service_pb2_grpc import LightningStoreServiceStub
 
 from lightning.rpc import loop
@@ -32,11 +33,13 @@ from lightning.rpc.errors import (
 )
 from lightning.rpc.options import ClientOptions
 from lightning.rpc.sessions import CommandSession
+from lightning.rpc.span_sender import SpanSender
 from lightning.types import WorkerCommand
 
 T = TypeVar("T")
 
 _HEALTH_SERVICE = "lightningpb.v1.LightningStoreService"
+_STREAM_SPANS = f"/{_HEALTH_SERVICE}/StreamSpans"
 _MIN_PROBE_PAUSE_SECONDS = 0.05
 _MAX_PROBE_PAUSE_SECONDS = 1.0
 _JITTER = 0.2
@@ -62,6 +65,7 @@ class Connection:
         self._stub: Any = None
         self._health: Any = None
         self._sessions: dict[tuple[str, str | None], CommandSession] = {}
+        self._span_sender: SpanSender | None = None
         self._closed = False
         self._last_failure: AioRpcError | None = None
 
@@ -90,6 +94,10 @@ class Connection:
     ) -> Sequence[WorkerCommand]:
         """What a worker is told, see `LightningStore.receive_commands`. Raises as `unary`."""
         return await self._run(self._receive_commands(worker_id, instance_id, timeout))
+
+    async def deliver_spans(self, spans: Sequence[bytes]) -> int:
+        """Store encoded spans, see `LightningStore.deliver_spans`. Raises as `unary`."""
+        return await self._run(self._deliver_spans(spans))
 
     async def wait_until_ready(self, timeout: float | None) -> None:
         """Return when the server answers health checks. Raises `StoreUnavailableError` after `timeout` seconds."""
@@ -133,6 +141,14 @@ class Connection:
             self._stub = LightningStoreServiceStub(bearing)
             self._health = health_pb2_grpc.HealthStub(self._channel)
         return self._stub
+
+    def stream_spans_call(self) -> Any:
+        """`StreamSpans`, for requests that are bytes already."""
+        self.stub()
+        assert self._channel is not None
+        return self._channel.stream_stream(
+            _STREAM_SPANS, response_deserializer=pb.StreamSpansResponse.FromString
+        )
 
     async def retrying(self, attempt: Callable[[], Awaitable[T]]) -> T:
         """Do something that may fail because the server is away, and do it again when it is back."""
@@ -194,6 +210,11 @@ class Connection:
             session.add_end_callback(lambda: self._forget_session(key))
         return await session.receive(timeout)
 
+    async def _deliver_spans(self, spans: Sequence[bytes]) -> int:
+        if self._span_sender is None:
+            self._span_sender = SpanSender(self)
+        return await self._span_sender.deliver(spans)
+
     def _forget_session(self, key: tuple[str, str | None]) -> None:
         session = self._sessions.get(key)
         if session is not None and session.ended:
@@ -239,6 +260,8 @@ class Connection:
     async def _close(self) -> None:
         for session in list(self._sessions.values()):
             await session.close()
+        if self._span_sender is not None:
+            await self._span_sender.close()
         channel, self._channel, self._stub, self._health = self._channel, None, None, None
         if channel is not None:
             await channel.close()

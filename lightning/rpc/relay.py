@@ -83,6 +83,11 @@ class RelayedConnection:
         )
         return commands
 
+    async def deliver_spans(self, spans: Sequence[bytes]) -> int:
+        """See `Connection.deliver_spans`."""
+        stored: int = await self._call("deliver_spans", spans)
+        return stored
+
     async def wait_until_ready(self, timeout: float | None) -> None:
         """See `Connection.wait_until_ready`."""
         await self._call("wait_until_ready", timeout)

@@ -10,7 +10,7 @@ import asyncio
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from contextlib import aclosing, contextmanager, suppress
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import grpc
 from google.protobuf.message import DecodeError, Message
@@ -29,7 +29,9 @@ from lightning.rpc.errors import (
 from lightning.rpc.handlers import QUERY_HANDLERS, UNARY_HANDLERS, Found, QueryHandler, UnaryHandler
 from lightning.rpc.options import ServerLimits
 from lightning.rpc.repeats import Outcome, RepeatTable
-from lightning.rpc.streams import STREAM_HANDLERS, OpenStreams, StreamHandler
+from lightning.rpc.span_sessions import SpanSessions, stream_spans
+from lightning.rpc.streams import OpenStreams
+from lightning.rpc.worker_sessions import worker_session
 from lightning.store.contract import LightningStore
 from lightning.store.idempotency import request as request_scope
 from lightning.types import WorkerCommand
@@ -45,6 +47,17 @@ _MAX_REQUEST_ID_LENGTH = 256
 
 _CHUNK_BYTES = 1024 * 1024
 """How much of a query's result goes into one message, unless a single record is larger."""
+
+
+class StreamHandler(Protocol):
+    """Many requests, many responses."""
+
+    def __call__(
+        self, service: StoreService, requests: AsyncIterator[Any], /
+    ) -> AsyncGenerator[Message, None]: ...
+
+
+STREAM_HANDLERS: dict[str, StreamHandler] = {"StreamSpans": stream_spans, "WorkerSession": worker_session}
 
 
 class StoreService:
@@ -70,6 +83,9 @@ class StoreService:
         self._suspect = suspect
         self.instance_id = uuid.uuid4().hex
         self.streams = OpenStreams()
+        self.span_sessions = SpanSessions(
+            max_bytes=limits.remembered_bytes, keep_seconds=limits.remembered_seconds
+        )
         self._repeats = RepeatTable(max_bytes=limits.remembered_bytes, keep_seconds=limits.remembered_seconds)
         self._drain_reason: str | None = None
         self._waiting: set[asyncio.Future[Any]] = set()
@@ -127,6 +143,7 @@ class StoreService:
 
     async def close(self) -> None:
         """Cancel what is left after a drain."""
+        await self.span_sessions.close()
         await self._repeats.close()
 
     # --- The three shapes of calls ---

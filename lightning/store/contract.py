@@ -394,6 +394,21 @@ class LightningStore(ABC):
 
     # --- For runners -------------------------------------------------------------------------------------------
 
+    async def deliver_spans(self, spans: Sequence[Span]) -> int:
+        """`add_many_spans` for who does not want the spans back, which is faster: through a client they share a stream
+        with those of other callers.
+
+        What is large may be stored in parts: if a span is refused, those of another part can have been stored.
+
+        Returns:
+            How many were stored, those left out that the store had already.
+
+        Raises:
+            ValueError: As `add_many_spans`.
+            TypeError: As `add_many_spans`.
+        """
+        return len(await self.add_many_spans(spans))
+
     async def claim_rollouts(
         self,
         *,

@@ -259,6 +259,11 @@ class StoreEngine(ReadingVerbs):
             if receipt.stored
         ]
 
+    async def deliver_spans(self, spans: Sequence[Span]) -> int:
+        records = [SpanRecord.of(span) for span in spans]
+        receipts = await self.add_span_records([span.rollout_id for span in spans], records)
+        return sum(receipt.stored for receipt in receipts)
+
     async def add_span_records(
         self, rollout_ids: Sequence[str], records: Sequence[SpanRecord]
     ) -> list[SpanReceipt]:

@@ -31,7 +31,7 @@ class UnreliableStore(ForwardingStore):
         self.answers: Counter[str] = Counter()
         """How often each verb was answered by `store`."""
         self.span_batches: list[list[str]] = []
-        """The names of the spans of each `add_many_spans` that was passed on."""
+        """The names of the spans of each `add_many_spans` or `deliver_spans` that was passed on."""
         self._store = store
         self._thread_safe = thread_safe
         self._changed = threading.Condition()
@@ -69,7 +69,7 @@ class UnreliableStore(ForwardingStore):
     async def _forward(self, verb: str, *args: Any, **kwargs: Any) -> Any:
         self._count(self.calls, verb)
         self._check()
-        if verb == "add_many_spans":
+        if verb in ("add_many_spans", "deliver_spans"):
             spans: Sequence[Span] = args[0] if args else kwargs["spans"]
             self.span_batches.append([span.name for span in spans])
         call = asyncio.ensure_future(getattr(self._store, verb)(*args, **kwargs))

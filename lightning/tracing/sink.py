@@ -204,7 +204,7 @@ class AttemptTrace:
         backoff = Backoff()
         while True:
             try:
-                self.stored += len(await self._store.add_many_spans(spans))
+                self.stored += await self._store.deliver_spans(spans)
                 return
             except STORE_AWAY as error:
                 backoff.log_first(logger, "attempt %s: spans wait for the store: %s", self.attempt_id, error)

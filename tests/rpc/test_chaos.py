@@ -66,6 +66,7 @@ async def test_every_enqueue_every_claim_and_every_span_once(seed: int, serve: A
         while claimed := await client.claim_rollouts(limit=3, worker_id=f"w-{number}", timeout=0.01):
             for rollout in claimed:
                 await client.add_many_spans([make_span(rollout, name=f"s{index}") for index in range(3)])
+                await client.deliver_spans([make_span(rollout, name=f"s{index}") for index in range(3, 6)])
                 await client.update_attempt(rollout.rollout_id, "latest", status="succeeded")
                 done.append(rollout.rollout_id)
         return done
@@ -80,5 +81,6 @@ async def test_every_enqueue_every_claim_and_every_span_once(seed: int, serve: A
     for rollout_id in expected:
         assert [attempt.status for attempt in await server.query_attempts(rollout_id)] == ["succeeded"]
         spans = await server.query_spans(rollout_id)
-        assert [(span.name, span.sequence_id) for span in spans] == [("s0", 1), ("s1", 2), ("s2", 3)]
+        expected_spans = [(f"s{index}", index + 1) for index in range(6)]
+        assert [(span.name, span.sequence_id) for span in spans] == expected_spans
     await proxy.close()

@@ -59,7 +59,7 @@ async def test_work_goes_on_while_the_store_is_away_and_all_of_it_arrives(store:
     await store.add_resources({"prompt": PromptTemplate(template="x")})
     enqueued = await store.enqueue_rollout("x")
     work = asyncio.create_task(AgentRunner(store=store, agent=agent, max_rollouts=1).run())
-    await store.wait_for_calls("add_many_spans", 3)
+    await store.wait_for_calls("deliver_spans", 3)
     assert store.calls["update_attempt"] == 0
     store.away = False
     await asyncio.wait_for(work, DEADLINE_SECONDS)
@@ -146,7 +146,7 @@ async def test_a_runner_can_be_stopped_while_the_store_is_away(
         store.away = True
     else:
         await store.enqueue_rollout("x")
-        await store.wait_for_calls("add_many_spans")
+        await store.wait_for_calls("deliver_spans")
     event.set()
     await asyncio.wait_for(work, DEADLINE_SECONDS)
     messages = [record.message for record in caplog.records]

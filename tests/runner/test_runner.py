@@ -184,7 +184,7 @@ async def test_the_first_span_is_stored_while_the_agent_still_works(store: Unrel
 
     enqueued = await store.enqueue_rollout("x")
     async with running(store, agent):
-        await store.wait_for_answers("add_many_spans")
+        await store.wait_for_answers("deliver_spans")
         assert (await store.query_rollouts(status_in=["running"])).total == 1
         assert await names_of(store, enqueued) == ["early"]
         go_on.set()

@@ -46,7 +46,7 @@ async def stored_names(store: UnreliableStore, attempt: AttemptTrace) -> list[st
 async def test_the_first_span_is_sent_at_once_and_makes_the_attempt_running(store: UnreliableStore) -> None:
     async with attempt_trace(store) as attempt:
         attempt.put(span("first"))
-        await store.wait_for_answers("add_many_spans")
+        await store.wait_for_answers("deliver_spans")
         rollout = await store.get_rollout_by_id(attempt.rollout_id)
         assert rollout is not None
         assert rollout.status == "running"
@@ -100,7 +100,7 @@ async def test_spans_wait_for_a_store_that_is_away(
     async with attempt_trace(store) as attempt:
         store.away = True
         attempt.put(span("one", 1))
-        await store.wait_for_calls("add_many_spans", 2)
+        await store.wait_for_calls("deliver_spans", 2)
         attempt.put(span("two", 2))
         flushing = asyncio.ensure_future(attempt.flush())
         await asyncio.sleep(0)
@@ -120,7 +120,7 @@ async def test_what_exceeds_the_bounds_while_the_store_is_away_is_dropped_and_co
     async with attempt_trace(store, **bounds) as attempt:
         store.away = True
         attempt.put(span("in flight", 99))
-        await store.wait_for_calls("add_many_spans")
+        await store.wait_for_calls("deliver_spans")
         for number in range(5):
             attempt.put(span(f"s{number}", number + 1, attributes={"text": "x" * 1000}))
         assert attempt.dropped == 2
@@ -154,7 +154,7 @@ async def test_spans_of_an_attempt_that_the_store_does_not_know_are_refused_in_o
         attempt.put(span("s", number + 1))
     await attempt.close()
     assert attempt.refused == 10
-    assert store.calls["add_many_spans"] == 1
+    assert store.calls["deliver_spans"] == 1
 
 
 async def test_a_span_is_not_counted_twice_when_it_is_a_duplicate(store: UnreliableStore) -> None:
@@ -169,7 +169,7 @@ async def test_close_with_a_time_limit_gives_up_on_a_store_that_stays_away(store
     async with attempt_trace(store) as attempt:
         store.away = True
         attempt.put(span("s", 1))
-        await store.wait_for_calls("add_many_spans")
+        await store.wait_for_calls("deliver_spans")
         attempt.put(span("s", 2))
         await attempt.close(0.01)
         assert attempt.dropped == 2
