@@ -63,6 +63,7 @@ class Connection:
         self._thread = loop.acquire()
         self._channel: grpc.aio.Channel | None = None
         self._stub: Any = None
+        self._stream_spans: Any = None
         self._health: Any = None
         self._sessions: dict[tuple[str, str | None], CommandSession] = {}
         self._span_sender: SpanSender | None = None
@@ -139,16 +140,16 @@ class Connection:
             )
             bearing: Any = BearerChannel(self._channel, credentials.metadata())
             self._stub = LightningStoreServiceStub(bearing)
+            self._stream_spans = bearing.stream_stream(
+                _STREAM_SPANS, response_deserializer=pb.StreamSpansResponse.FromString
+            )
             self._health = health_pb2_grpc.HealthStub(self._channel)
         return self._stub
 
     def stream_spans_call(self) -> Any:
         """`StreamSpans`, for requests that are bytes already."""
         self.stub()
-        assert self._channel is not None
-        return self._channel.stream_stream(
-            _STREAM_SPANS, response_deserializer=pb.StreamSpansResponse.FromString
-        )
+        return self._stream_spans
 
     async def retrying(self, attempt: Callable[[], Awaitable[T]]) -> T:
         """Do something that may fail because the server is away, and do it again when it is back."""

@@ -28,9 +28,7 @@ from lightning.store.arguments import (
 from lightning.store.core import QUEUE
 from lightning.store.idempotency import applied_value, current_request, id_source, mark_applied, new_ids
 from lightning.store.persistence.abc import RolloutChange
-from lightning.store.queries import (
-    check_wait,
-)
+from lightning.store.queries import check_wait
 from lightning.store.reading import ReadingVerbs, as_worker
 from lightning.store.records import (
     ResourcesRecord,
@@ -65,7 +63,6 @@ from lightning.types import (
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import ReadableSpan
-
 
 _REMEMBERED_VERSIONS = 8
 """How far back a repeated `update_resources` is recognised."""

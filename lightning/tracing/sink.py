@@ -65,7 +65,7 @@ class AttemptTrace:
         self.otel_trace_id = RandomIdGenerator().generate_trace_id()
         self.open = True
         self.stored = 0
-        """Spans that the store has taken."""
+        """Spans that the store has, also when it had them before they were sent again because an answer was lost."""
         self.refused = 0
         """Spans that the store would not take as they are."""
         self.dropped = 0
@@ -204,7 +204,8 @@ class AttemptTrace:
         backoff = Backoff()
         while True:
             try:
-                self.stored += await self._store.deliver_spans(spans)
+                await self._store.deliver_spans(spans)
+                self.stored += len({span.span_id for span in spans})
                 return
             except STORE_AWAY as error:
                 backoff.log_first(logger, "attempt %s: spans wait for the store: %s", self.attempt_id, error)

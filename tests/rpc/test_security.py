@@ -27,6 +27,7 @@ from lightning.rpc.service import SERVICE, SERVICE_NAME
 from lightning.rpc.tokens import TokenEntry, add_token, digest, make_token, read_tokens, revoke_token
 from lightning.store import InMemoryLightningStore
 from lightning.testing.unreliable import UnreliableStore
+from lightning.types import Span
 from tests.rpc.certificates import EXPIRED, VALID, Authority
 
 pytestmark = pytest.mark.anyio
@@ -56,7 +57,6 @@ def documented() -> dict[str, set[str]]:
 TABLE = documented()
 NOT_SERVED = {
     "grpc.health.v1.Health/List",
-    f"{SERVICE_NAME}/StreamSpans",
     f"{SERVICE_NAME}/WatchRollouts",
     "opentelemetry.proto.collector.trace.v1.TraceService/Export",
     "grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
@@ -99,6 +99,9 @@ async def channel(guarded: LightningStoreServer) -> AsyncIterator[grpc.aio.Chann
         yield channel
 
 
+SPAN = Span(
+    rollout_id="ro-nobody", attempt_id="at-1", sequence_id=0, trace_id="1" * 32, span_id="2" * 16, name="step"
+)
 STREAMS_OF_REQUESTS = ("StreamSpans", "WorkerSession", "ServerReflectionInfo")
 
 
@@ -183,6 +186,13 @@ async def test_a_refused_call_changes_nothing_and_says_what_to_do(
         await viewer.dequeue_rollout()
     with pytest.raises(PermissionDenied, match="WorkerSession"):
         await viewer.receive_commands("w", timeout=1)
+    runner = connect(guarded.endpoint, token=tokens.by_role["runner"])
+    with pytest.raises(ValueError, match="ro-nobody"):  # it comes as far as the store
+        await runner.deliver_spans([SPAN])
+    with pytest.raises(PermissionDenied, match="StreamSpans"):
+        await viewer.deliver_spans([SPAN])
+    with pytest.raises(Unauthenticated, match="lightning token new"):
+        await connect(guarded.endpoint).deliver_spans([SPAN])
     with pytest.raises(Unauthenticated, match="LIGHTNING_TOKEN.*lightning token new"):
         await connect(guarded.endpoint).enqueue_rollout(1)
     with pytest.raises(Unauthenticated, match="does not know this token"):

@@ -113,6 +113,26 @@ async def test_spans_wait_for_a_store_that_is_away(
     assert len(warnings) == 1
 
 
+class ForgetfulStore(UnreliableStore):
+    """Stores the first delivery, but never says so."""
+
+    async def _forward(self, verb: str, *args: Any, **kwargs: Any) -> Any:
+        answer = await super()._forward(verb, *args, **kwargs)
+        if verb == "deliver_spans" and self.answers[verb] == 1:
+            raise ConnectionError("the answer is lost")
+        return answer
+
+
+async def test_spans_that_were_stored_before_the_answer_was_lost_count_as_stored() -> None:
+    store = ForgetfulStore(InMemoryLightningStore())
+    async with attempt_trace(store) as attempt:
+        attempt.put(span("one", 1))
+        await asyncio.wait_for(attempt.flush(), DEADLINE_SECONDS)
+        assert await stored_names(store, attempt) == ["one"]
+    assert store.calls["deliver_spans"] == 2
+    assert (attempt.stored, attempt.dropped, attempt.refused) == (1, 0, 0)
+
+
 @pytest.mark.parametrize("bounds", [{"max_buffered_spans": 3}, {"max_buffered_bytes": 5000}])
 async def test_what_exceeds_the_bounds_while_the_store_is_away_is_dropped_and_counted(
     store: UnreliableStore, caplog: pytest.LogCaptureFixture, bounds: dict[str, int]

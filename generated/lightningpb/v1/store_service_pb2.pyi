@@ -2230,7 +2230,7 @@ class StreamSpansRequest(_message.Message):
         session_id: _builtins.str
         """Names the session, chosen by the client: a fresh random string per session."""
         resume_from: _builtins.int
-        """The last batch that the client knows to be acknowledged; 0 for a new session."""
+        """The last batch that the client has an answer to, Ack or Rejected; 0 for a new session."""
         def __init__(
             self,
             *,
@@ -2311,7 +2311,9 @@ class StreamSpansResponse(_message.Message):
         CREDITS_FIELD_NUMBER: _builtins.int
         MAX_BATCH_BYTES_FIELD_NUMBER: _builtins.int
         acknowledged_batch_sequence: _builtins.int
-        """The last batch of this session that the server has stored; 0 for none. Send from the next one on."""
+        """The last batch of this session that was answered; 0 for none. Send from the next one on. The answers to those between
+        Open.resume_from and this one follow. If the server does not know the session, this is Open.resume_from.
+        """
         credits: _builtins.int
         """How many batches the client may send before the next grant."""
         max_batch_bytes: _builtins.int
@@ -2344,7 +2346,9 @@ class StreamSpansResponse(_message.Message):
         """How many more batches the client may send."""
         @_builtins.property
         def receipts(self) -> _containers.RepeatedCompositeFieldContainer[_span_pb2.SpanReceipt]:
-            """What became of each span, in the order of the batch."""
+            """What became of each span, in the order of the batch. One that was stored earlier, as when a batch had to be sent again, is
+            not stored a second time: stored is false.
+            """
 
         def __init__(
             self,
@@ -2407,7 +2411,7 @@ class StreamSpansResponse(_message.Message):
 
     @_builtins.property
     def closing(self) -> Global___StreamClosing:
-        """The last message, where the server ends the stream. What is not acknowledged must be sent again."""
+        """The last message, where the server ends the stream. What was not answered must be sent again."""
 
     def __init__(
         self,

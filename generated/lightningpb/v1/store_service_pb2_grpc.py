@@ -399,10 +399,18 @@ class LightningStoreServiceServicer(object):
 
     def StreamSpans(self, request_iterator, context):
         """Carries spans up and acknowledgements down. Called by runners and tracers for as long as they run. The client opens a session,
-        sends batches within the credits that it was granted, and keeps each batch until it is acknowledged. After a broken connection
-        it opens the same session again and sends what is not acknowledged; batches that arrived before are acknowledged without being
-        stored again. A bad batch is answered with Rejected and does not end the stream. RESOURCE_EXHAUSTED: the client ignored its
-        credits. INVALID_ARGUMENT: the first message was not Open, or batch numbers do not count up by one.
+        sends batches within the credits that it was granted, and keeps each batch until it is answered, by Ack or by Rejected, in the
+        order of the batches. A bad batch is answered with Rejected and does not end the stream.
+
+        After a broken connection the client opens the same session again, saying up to which batch it has answers. Opened then says up
+        to which batch the server has them: the server repeats the answers between the two, and the client sends the batches after them.
+        A server that does not know the session, because it was restarted or has forgotten it, takes the client's word: Opened names the
+        client's own resume_from, and the client sends everything that it has no answer to. What was stored before is recognised by the
+        ids of its spans and not stored again; its receipts say stored = false.
+
+        RESOURCE_EXHAUSTED: the client ignored its credits. INVALID_ARGUMENT: the first message was not Open, batch numbers do not count
+        up by one, or the session is known but not from the batch on from which it is to be resumed. UNAVAILABLE: the store is out of
+        reach, and nothing is known of the batches that were not answered; resume.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -177,6 +177,38 @@ class SpanContract(StoreTheme):
         found = await store.query_spans(started.rollout_id)
         assert [span.attributes["n"] for span in found] == list(range(500))
 
+    # --- Delivered, not returned ---
+
+    async def test_delivered_spans_are_stored_once_and_counted(self, store: LightningStore) -> None:
+        first, second = await store.start_rollout("task"), await store.start_rollout("task")
+        spans = [make_span((first, second)[n % 2], name=str(n)) for n in range(6)]
+        assert await store.deliver_spans(spans[:4]) == 4
+        assert await store.deliver_spans([*spans, spans[5]]) == 2
+        assert await store.deliver_spans(spans) == 0
+        assert await store.deliver_spans([]) == 0
+        for rollout, names in ((first, ["0", "2", "4"]), (second, ["1", "3", "5"])):
+            found = await store.query_spans(rollout.rollout_id)
+            assert [span.name for span in found] == names
+            assert [span.sequence_id for span in found] == [1, 2, 3]
+            assert await statuses(store, rollout.rollout_id) == ("running", "running")
+
+    async def test_a_delivered_span_comes_back_as_it_was(self, store: LightningStore) -> None:
+        started = await store.start_rollout("task")
+        span = full_span(started)
+        assert await store.deliver_spans([span]) == 1
+        (found,) = await store.query_spans(started.rollout_id)
+        assert same(found.model_dump(), span.model_dump())
+
+    async def test_a_bad_delivery_stores_nothing(self, store: LightningStore) -> None:
+        started = await store.start_rollout("task")
+        before = await everything(store)
+        good = make_span(started)
+        with refused(ValueError, UNKNOWN_ATTEMPT):
+            await store.deliver_spans([good, make_span(started, attempt_id=UNKNOWN_ATTEMPT)])
+        with refused(TypeError, 'attributes["bad"]'):
+            await store.deliver_spans([good, make_span(started, attributes={"bad": object()})])
+        assert await everything(store) == before
+
     # --- Whose span ---
 
     async def test_spans_of_nobody_are_refused(self, store: LightningStore) -> None:
