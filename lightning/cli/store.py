@@ -28,6 +28,22 @@ def serve_store(
             "[bold]memory[/], until the server ends.",
         ),
     ] = "sqlite",
+    durability: Annotated[
+        str | None,
+        typer.Option(
+            metavar="full|normal",
+            help="What a power failure may take of a file: [bold]full[/], nothing; [bold]normal[/], faster, the last "
+            "moments.",
+        ),
+    ] = None,
+    retain: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="AGE|SIZE",
+            help="Keep finished rollouts in a file only so long ([bold]7d[/], [bold]12h[/]) or while all takes no more "
+            "room ([bold]10GB[/]); give it twice for both.",
+        ),
+    ] = None,
     insecure: Annotated[
         bool,
         typer.Option(
@@ -119,7 +135,7 @@ def serve_store(
         _show_access_log()
     with reporting(ValueError, exit_code=EXIT_USAGE):
         server = LightningStoreServer(
-            open_store(backend),
+            open_store(backend, durability=durability, retain=retain or None),
             host,
             port,
             allow_insecure=insecure,

@@ -49,7 +49,8 @@ _BY_STATUS: Mapping[str, tuple[str, str]] = {
     "attempts_by_status": ("lightning_attempts", "Attempts stored, by status."),
 }
 _COUNTERS: Mapping[str, tuple[str, str]] = {
-    "evicted_spans": ("lightning_evicted_spans", "Spans dropped to save memory."),
+    "evicted_spans": ("lightning_evicted_spans", "Spans dropped to save room."),
+    "dropped_rollouts": ("lightning_dropped_rollouts", "Finished rollouts dropped to save room."),
 }
 
 

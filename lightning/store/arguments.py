@@ -22,8 +22,8 @@ def quote(text: str) -> str:
     return repr(text if len(text) <= 200 else text[:200] + "…") if isinstance(text, str) else repr(text)
 
 
-def unknown_rollout(rollout_id: str) -> UnknownIdError:
-    return UnknownIdError(f"unknown rollout {quote(rollout_id)}")
+def unknown_rollout(rollout_id: str, why: str | None = None) -> UnknownIdError:
+    return UnknownIdError(f"unknown rollout {quote(rollout_id)}" + (f": {why}" if why else ""))
 
 
 def unknown_attempt(rollout_id: str, attempt_id: str) -> UnknownIdError:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
 
-from lightning.store.clock import Clock
+from lightning.store.clock import Clock, SystemClock
 from lightning.store.engine import StoreEngine
 from lightning.store.persistence.memory import MemoryPersistence
 from lightning.store.persistence.sqlite import SQLitePersistence
 from lightning.store.persistence.sqlite_file import Durability
+from lightning.store.retention import Retention
 
 _DEFAULT_EVICTION_FRACTION = 0.7
 _DEFAULT_SAFE_FRACTION = 0.8
@@ -76,11 +78,14 @@ class SQLiteLightningStore(StoreEngine):
         path: The file, made if there is none; `":memory:"` keeps everything in memory.
         durability: What a power failure may take: with `"full"` nothing that was acknowledged, with `"normal"`, which
             is faster, the last moments before it.
+        retain: What is kept of rollouts that have finished, and of their spans: `"7d"` (units: s, m, h, d, w), those
+            that ended within the last 7 days; `"10GB"` (KB, MB, GB, TB, KiB, …), as many as fit, those that ended first
+            going first; or both. Default: all.
         validate_resources: See `StoreEngine`.
         clock: See `StoreEngine`.
 
     Raises:
-        ValueError: Another `durability`.
+        ValueError: Another `durability`, or no such amount to `retain`.
     """
 
     def __init__(
@@ -88,10 +93,13 @@ class SQLiteLightningStore(StoreEngine):
         path: str | Path,
         *,
         durability: Durability = "full",
+        retain: str | Sequence[str] | None = None,
         validate_resources: bool = True,
         clock: Clock | None = None,
     ) -> None:
-        persistence = SQLitePersistence(path, durability=durability)
+        clock = clock or SystemClock()
+        retention = None if retain is None else Retention.of(retain)
+        persistence = SQLitePersistence(path, durability=durability, retention=retention, now=clock.now)
         super().__init__(persistence, clock=clock, validate_resources=validate_resources)
 
 

@@ -16,7 +16,7 @@ from lightning.store.arguments import (
 )
 from lightning.store.broker import BrokerClosed, EventBroker
 from lightning.store.clock import Clock, SystemClock
-from lightning.store.contract import LightningStore
+from lightning.store.contract import LightningStore, UnknownIdError
 from lightning.store.idempotency import applied_value, current_request, mark_applied
 from lightning.store.mailbox import WorkerMailboxes
 from lightning.store.outside import OutsideWorld
@@ -139,8 +139,11 @@ class EngineCore(LightningStore):
     async def _require_rollout(self, rollout_id: str) -> RolloutRecord:
         record = await self._persistence.get_rollout(rollout_id)
         if record is None:
-            raise unknown_rollout(rollout_id)
+            raise await self._unknown(rollout_id)
         return record
+
+    async def _unknown(self, rollout_id: str) -> UnknownIdError:
+        return unknown_rollout(rollout_id, await self._persistence.why_gone(rollout_id))
 
     async def _change(
         self,
@@ -160,7 +163,7 @@ class EngineCore(LightningStore):
         async def change_and_tell() -> RolloutChange:
             change = await self._persistence.change_rollout(rollout_id, once)
             if change is None:
-                raise unknown_rollout(rollout_id)
+                raise await self._unknown(rollout_id)
             await self._tell(change.before, change.after, now, interrupt=interrupt)
             return change
 

@@ -23,7 +23,6 @@ from lightning.store.arguments import (
     require_choice,
     unknown_attempt,
     unknown_resources,
-    unknown_rollout,
 )
 from lightning.store.core import QUEUE
 from lightning.store.idempotency import applied_value, current_request, id_source, mark_applied, new_ids
@@ -296,7 +295,7 @@ class StoreEngine(ReadingVerbs):
             lambda record, fresh: lifecycle.receive_spans(record, attempt_id, fresh, now),
         )
         if result is None:
-            raise unknown_rollout(rollout_id)
+            raise await self._unknown(rollout_id)
         change, receipts = result
         await self._tell(change.before, change.after, now)
         return receipts
@@ -342,7 +341,7 @@ class StoreEngine(ReadingVerbs):
             return mark_applied(after, digest, last)
 
         if await self._persistence.change_rollout(rollout_id, allocate) is None:
-            raise unknown_rollout(rollout_id)
+            raise await self._unknown(rollout_id)
         return last
 
     async def _check_attempts_exist(self, keys: Iterable[tuple[str, str]]) -> None:

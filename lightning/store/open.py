@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lightning.store.backends import InMemoryLightningStore, SQLiteLightningStore
 from lightning.store.contract import LightningStore
@@ -22,18 +24,28 @@ def _open_memory(rest: str) -> LightningStore:
     return InMemoryLightningStore()
 
 
-def _open_sqlite(rest: str) -> LightningStore:
+def _open_sqlite(rest: str, **options: Any) -> LightningStore:
     if rest:
-        return SQLiteLightningStore(rest)
+        return SQLiteLightningStore(rest, **options)
     default_path().parent.mkdir(parents=True, exist_ok=True)
-    return SQLiteLightningStore(default_path())
+    return SQLiteLightningStore(default_path(), **options)
 
 
-_BACKENDS: Mapping[str, tuple[str, Callable[[str], LightningStore]]] = {
-    "memory": ("memory", _open_memory),
-    "sqlite": ("sqlite, sqlite:PATH", _open_sqlite),
+@dataclass(frozen=True)
+class _Backend:
+    form: str
+    """What a user writes."""
+    open: Callable[..., LightningStore]
+    """Given what follows the scheme, and options by name."""
+    options: tuple[str, ...] = ()
+    """Those that it takes."""
+
+
+_BACKENDS: Mapping[str, _Backend] = {
+    "memory": _Backend("memory", _open_memory),
+    "sqlite": _Backend("sqlite, sqlite:PATH", _open_sqlite, ("durability", "retain")),
 }
-"""By scheme: what a user writes, and what opens it, given what follows the scheme."""
+"""By scheme."""
 
 
 def full_url(url: str) -> str:
@@ -46,18 +58,28 @@ def is_store_url(text: str) -> bool:
     return text.partition(":")[0] in _BACKENDS
 
 
-def open_store(url: str) -> LightningStore:
+def open_store(
+    url: str, *, durability: str | None = None, retain: str | Sequence[str] | None = None
+) -> LightningStore:
     """Open the store that `url` names.
 
     Args:
         url: `memory`: a new store in the memory of this process. `sqlite:PATH`: the store in that file, made if there
             is none; `sqlite`: in the file `default_path()`.
+        durability: See `SQLiteLightningStore`; None: its default.
+        retain: See `SQLiteLightningStore`; None: everything.
 
     Raises:
-        ValueError: There is no such kind of store, or its name is incomplete.
+        ValueError: There is no such kind of store, its name is incomplete, or it does not take such an option.
     """
     scheme, _, rest = url.partition(":")
     if not is_store_url(url):
-        forms = ", ".join(form for form, _ in _BACKENDS.values())
+        forms = ", ".join(backend.form for backend in _BACKENDS.values())
         raise ValueError(f"unknown store {url!r}; a store is one of: {forms}")
-    return _BACKENDS[scheme][1](rest)
+    backend = _BACKENDS[scheme]
+    given = {"durability": durability, "retain": retain}
+    options = {name: value for name, value in given.items() if value is not None}
+    for name in options:
+        if name not in backend.options:
+            raise ValueError(f"the store {scheme!r} takes no {name}")
+    return backend.open(rest, **options)

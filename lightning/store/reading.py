@@ -12,7 +12,6 @@ from lightning.store.arguments import (
     WORKER_STATUSES,
     quote,
     unknown_attempt,
-    unknown_rollout,
 )
 from lightning.store.contract import FilterLogic, SortOrder
 from lightning.store.core import EngineCore
@@ -63,6 +62,7 @@ class ReadingVerbs(EngineCore):
             uptime=time.monotonic() - self._opened_at,
             total_span_bytes=totals.span_bytes,
             evicted_spans=totals.evicted_spans,
+            dropped_rollouts=totals.dropped_rollouts,
         )
         if self._expired_attempts:
             statistics["expired_attempts"] = dict(self._expired_attempts)
@@ -253,7 +253,7 @@ class ReadingVerbs(EngineCore):
                 records = await self._persistence.get_rollouts(wanted)
                 for rollout_id in wanted:
                     if rollout_id not in records:
-                        raise unknown_rollout(rollout_id)
+                        raise await self._unknown(rollout_id)
                 pending = {
                     rollout_id for rollout_id in wanted if not lifecycle.is_finished(records[rollout_id])
                 }

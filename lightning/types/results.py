@@ -74,6 +74,9 @@ class LightningStoreStatistics(TypedDict, total=False):
     """Seconds since the store was opened."""
     total_span_bytes: int
     evicted_spans: int
+    """How many spans were dropped to save room."""
+    dropped_rollouts: int
+    """How many finished rollouts were dropped, as what is kept of them is limited."""
     eviction_threshold_bytes: int
     safe_threshold_bytes: int
     memory_capacity_bytes: int

@@ -81,5 +81,8 @@ def test_every_field_of_a_record_is_kept() -> None:
         "workers",
         "span_bytes",
         "evicted_spans",
+        "dropped_rollouts",
+        "attempts_by_status",
+        "queued_since",
         "limits",
     }

@@ -19,10 +19,13 @@ from lightning.store import SQLiteLightningStore
 from lightning.store.persistence import sqlite_file, sqlite_statements
 from lightning.store.persistence.abc import BackendOpenError
 from lightning.store.persistence.sqlite_file import file_system_of, migrate
+from lightning.testing import FakeClock
 
 pytestmark = pytest.mark.anyio
 
 NOBODY = 65534
+OLD_FILES = Path(__file__).parent / "files"
+"""What older versions wrote, by `sqlite3.Connection.iterdump`; a new schema comes with that of the last one."""
 CHILD_TIMEOUT_SECONDS = 30.0
 
 
@@ -114,7 +117,7 @@ async def test_a_newer_schema(tmp_path: Path) -> None:
     future = sqlite3.connect(path)
     future.execute("PRAGMA user_version = 999")
     future.close()
-    assert "newer version of this software (schema 999, known here: 2)" in await refusal(path)
+    assert "newer version of this software (schema 999, known here: 3)" in await refusal(path)
 
 
 async def test_a_file_that_is_damaged(tmp_path: Path) -> None:
@@ -341,6 +344,41 @@ def test_attempts_of_a_file_of_version_1_are_counted(tmp_path: Path) -> None:
     connection.close()
 
 
+@pytest.mark.parametrize("version", range(1, len(sqlite_statements.migrations())))
+async def test_a_file_that_an_older_version_wrote_goes_on(tmp_path: Path, version: int) -> None:
+    path = tmp_path / "store.db"
+    connection = plain_connection(path)
+    connection.executescript((OLD_FILES / f"version_{version}.sql").read_text(encoding="utf-8"))
+    assert connection.execute("PRAGMA user_version").fetchone() == (version,)
+    connection.close()
+    store = SQLiteLightningStore(path, clock=FakeClock(1_000_020.0))
+    statistics = await store.statistics()
+    assert (statistics["total_spans"], statistics["total_attempts"], statistics["total_resources"]) == (
+        6,
+        3,
+        2,
+    )
+    assert statistics["attempts_by_status"] == {"failed": 1, "succeeded": 1, "running": 1}
+    rollouts = list(await store.query_rollouts())
+    assert [rollout.status for rollout in rollouts] == [
+        "succeeded",
+        "requeuing",
+        "running",
+        "queuing",
+        "queuing",
+    ]
+    assert [(rollout.input, rollout.metadata) for rollout in rollouts] == [
+        ({"task": i}, {"é": i}) for i in range(5)
+    ]
+    assert [len(await store.query_spans(rollout.rollout_id)) for rollout in rollouts] == [1, 2, 3, 0, 0]
+    claimed = await store.dequeue_many_rollouts(limit=9, worker_id="w-2")
+    assert [rollout.input["task"] for rollout in claimed] == [3, 4, 1], (
+        "in the order in which they were queued"
+    )
+    await store.update_attempt(rollouts[2].rollout_id, "latest", status="succeeded")
+    await store.close()
+
+
 def test_a_step_that_fails_leaves_the_version_before(tmp_path: Path) -> None:
     connection = plain_connection(tmp_path / "store.db")
     with pytest.raises(sqlite3.OperationalError, match="no_such_table"):
@@ -352,7 +390,7 @@ def test_a_step_that_fails_leaves_the_version_before(tmp_path: Path) -> None:
 
 
 def test_the_versions_are_numbered_without_gaps() -> None:
-    assert [number for number, _ in sqlite_statements.migrations()] == [1, 2]
+    assert [number for number, _ in sqlite_statements.migrations()] == [1, 2, 3]
 
 
 def test_every_statement_fits_the_schema() -> None:
@@ -375,6 +413,8 @@ def test_every_statement_fits_the_schema() -> None:
         ("rollout_by_attempt_id", "sqlite_autoindex_attempt_1"),
         ("known_span_ids", "span_by_attempt"),
         ("spans_of_attempt", "span_by_attempt"),
+        ("ended_first", "rollout_by_end"),
+        ("spans_of_dropped", "dropped_with_spans"),
     ],
 )
 def test_hot_statements_walk_along_an_index_and_sort_nothing(name: str, index: str) -> None:

@@ -47,6 +47,7 @@ class Totals:
     workers: int
     span_bytes: int
     evicted_spans: int = 0
+    dropped_rollouts: int = 0
     attempts_by_status: dict[str, int] | None = None
     """None: not known without counting through them."""
     queued_since: float | None = None
@@ -155,6 +156,10 @@ class Persistence(ABC):
     @abstractmethod
     async def get_rollouts(self, rollout_ids: Sequence[str]) -> dict[str, RolloutRecord]:
         """Those of these rollouts that exist, by id."""
+
+    async def why_gone(self, rollout_id: str) -> str | None:
+        """Why a rollout that once was there no longer is, for people; None if it is not remembered to have been."""
+        return None
 
     @abstractmethod
     async def get_rollout_of_attempt(self, attempt_id: str) -> RolloutRecord | None:

@@ -11,8 +11,9 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 import threading
+import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -39,6 +40,7 @@ from lightning.store.persistence.sqlite_file import (
     snapshot,
 )
 from lightning.store.persistence.sqlite_readers import Read, ReadPool
+from lightning.store.persistence.sqlite_retention import DROPPED_ROLLOUTS, EVICTED_SPANS, RetentionKeeper
 from lightning.store.persistence.sqlite_rows import StoredRollout
 from lightning.store.persistence.sqlite_search import (
     ATTEMPT_STATUS_COUNTER,
@@ -57,6 +59,7 @@ from lightning.store.records import (
     SpanRecord,
     WorkerRecord,
 )
+from lightning.store.retention import Retention
 
 T = TypeVar("T")
 
@@ -73,16 +76,27 @@ class SQLitePersistence(Persistence):
         path: The file, which is created if there is none; `":memory:"` keeps everything in memory.
         durability: What a power failure may take: with `"full"` nothing that was acknowledged, with `"normal"` the
             last moments before it. The end of the process, however sudden, takes nothing from either.
+        retention: What is kept of finished rollouts; None: everything.
+        now: Tells the time, in seconds since the epoch.
     """
 
     name = "sqlite"
 
-    def __init__(self, path: str | Path, *, durability: Durability = "full") -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        durability: Durability = "full",
+        retention: Retention | None = None,
+        now: Callable[[], float] = time.time,
+    ) -> None:
         if durability not in ("full", "normal"):
             raise ValueError(f"durability must be 'full' or 'normal', not {durability!r}")
         self._path = None if str(path) == IN_MEMORY else Path(path).expanduser().resolve()
         self.durable = self._path is not None
         self._durability = durability
+        self._retention = retention
+        self._now = now
         self._opening = threading.Lock()
         self._opened: _Opened | None = None
 
@@ -94,7 +108,8 @@ class SQLitePersistence(Persistence):
         """
         with self._opening:
             if self._opened is None:
-                self._opened = _Opened(self._path, self._durability)
+                keeper = None if self._retention is None else RetentionKeeper(self._retention, self._now)
+                self._opened = _Opened(self._path, self._durability, keeper)
             opened = self._opened
         try:
             await asyncio.wrap_future(opened.writer.opened)
@@ -178,6 +193,17 @@ class SQLitePersistence(Persistence):
             return [_replace(session, head, after) for head, after in zip(heads, claimed, strict=True)]
 
         return await self._writer.submit(claim)
+
+    async def why_gone(self, rollout_id: str) -> str | None:
+        if not is_text(rollout_id):
+            return None
+        found = await self._look(
+            lambda connection: select(connection, "dropped_rollout", rollout_id).fetchone()
+        )
+        if found is None:
+            return None
+        kept = "" if self._retention is None else f", which keeps finished ones for {self._retention.text}"
+        return f"it had finished, and was dropped with its spans by this store{kept}"
 
     async def find_rollouts(self, query: RolloutQuery) -> tuple[list[RolloutRecord], int]:
         return await self._search(lambda connection: find_rollouts(connection, query))
@@ -293,6 +319,8 @@ class SQLitePersistence(Persistence):
             resources=counters.get("resources", 0),
             workers=counters.get("workers", 0),
             span_bytes=counters.get("span_bytes", 0),
+            evicted_spans=counters.get(EVICTED_SPANS, 0),
+            dropped_rollouts=counters.get(DROPPED_ROLLOUTS, 0),
         )
 
     async def check_writable(self) -> None:
@@ -302,9 +330,10 @@ class SQLitePersistence(Persistence):
 class _Opened:
     """An open database: who holds the file, who writes, who reads."""
 
-    def __init__(self, path: Path | None, durability: Durability) -> None:
+    def __init__(self, path: Path | None, durability: Durability, retention: RetentionKeeper | None) -> None:
         self._path = path
         self._durability: Durability = durability
+        self._retention = retention
         self._lock: FileLock | None = None
         self._finalizer: weakref.finalize[..., SQLitePersistence] | None = None
         self.readers = None if path is None else ReadPool(lambda: open_reader(path))
@@ -328,9 +357,10 @@ class _Opened:
             undo.pop_all()
         return session
 
-    def _tidy(self, session: Session) -> None:
+    def _tidy(self, session: Session) -> float | None:
         if self._log is not None:
             self._log.tidy(session.connection)
+        return None if self._retention is None else self._retention.tend(session)
 
     def _close(self, session: Session) -> None:
         with ExitStack() as stack:

@@ -55,6 +55,12 @@ def select_many(
         yield from connection.execute(_with_values(name, len(part)), (*before, *part))
 
 
+def execute_many(connection: sqlite3.Connection, name: str, values: Iterable[Any]) -> None:
+    """Run a statement with `(…)`, for all `values`, however many."""
+    for part in _parts(values, _MAX_VALUES_PER_STATEMENT):
+        connection.execute(_with_values(name, len(part)), part)
+
+
 def insert(connection: sqlite3.Connection, name: str, rows: Iterable[Sequence[Any]]) -> None:
     """Insert all rows with a statement that has `VALUES …`."""
     for part in _parts(rows, _MAX_ROWS_PER_STATEMENT):

@@ -11,9 +11,9 @@ import os
 import queue
 import sqlite3
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -63,6 +63,23 @@ class Session:
     counters: Counters
 
 
+@contextmanager
+def transaction(session: Session) -> Iterator[None]:
+    """Commit what is done inside, or, if it raises, none of it."""
+    connection, counters = session.connection, session.counters
+    try:
+        connection.execute("BEGIN IMMEDIATE")
+        yield
+        counters.save(connection)
+        connection.execute("COMMIT")
+    except BaseException:
+        counters.undo()
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
+        raise
+    counters.commit()
+
+
 Work = Callable[[Session], T]
 
 
@@ -95,14 +112,15 @@ class GroupCommitWriter:
 
     Args:
         open: Called in that thread, first; what it raises, `opened` raises.
-        tidy: Called in that thread between transactions.
+        tidy: Called in that thread between transactions, and at first; returns after how many seconds it must be called
+            again though nothing was written, None if it need not be.
         close: Called in that thread, last, unless `open` failed.
     """
 
     def __init__(
         self,
         open: Callable[[], Session],
-        tidy: Callable[[Session], None],
+        tidy: Callable[[Session], float | None],
         close: Callable[[Session], None],
     ) -> None:
         self._open = open
@@ -166,9 +184,11 @@ class GroupCommitWriter:
             return
         self.opened.set_result(None)
         try:
-            while writes := self._take():
-                _deliver(_execute(session, writes))
-                self._tidy(session)
+            wait = self._tidy(session)
+            while (writes := self._take(wait)) is not None:
+                if writes:
+                    _deliver(_execute(session, writes))
+                wait = self._tidy(session)
         finally:
             self._close(session)
 
@@ -180,9 +200,12 @@ class GroupCommitWriter:
                 if write is not None:
                     _deliver([_Outcome(write, error=closed_error())])
 
-    def _take(self) -> list[_Write[Any]]:
-        """Wait for a write, and take it with all others that are there; nothing when it is time to stop."""
-        write = self._queue.get()
+    def _take(self, wait_seconds: float | None) -> list[_Write[Any]] | None:
+        """Wait for a write, and take it with all others that are there: none after a time, None to stop."""
+        try:
+            write = self._queue.get(timeout=wait_seconds)
+        except queue.Empty:
+            return []
         writes = []
         while write is not None:
             writes.append(write)
@@ -194,7 +217,7 @@ class GroupCommitWriter:
                 break
         if write is None and writes:
             self._queue.put(None)  # stop after these: nothing comes behind it any more
-        return writes
+        return writes or None
 
 
 def closed_error() -> RuntimeError:
@@ -220,19 +243,8 @@ def _execute(session: Session, writes: list[_Write[Any]]) -> list[_Outcome]:
 
 
 def _execute_together(session: Session, writes: list[_Write[Any]]) -> list[_Outcome]:
-    connection, counters = session.connection, session.counters
-    try:
-        connection.execute("BEGIN IMMEDIATE")
-        outcomes = [_execute_one(session, write) for write in writes]
-        counters.save(connection)
-        connection.execute("COMMIT")
-    except BaseException:
-        counters.undo()
-        if connection.in_transaction:
-            connection.execute("ROLLBACK")
-        raise
-    counters.commit()
-    return outcomes
+    with transaction(session):
+        return [_execute_one(session, write) for write in writes]
 
 
 def _execute_one(session: Session, write: _Write[Any]) -> _Outcome:

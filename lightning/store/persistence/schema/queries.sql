@@ -113,3 +113,40 @@ SELECT name, value FROM counter;
 
 -- name: save_counter
 INSERT OR REPLACE INTO counter (name, value) VALUES (?, ?);
+
+-- name: ended_first
+SELECT ordinal, rollout_id, status FROM rollout INDEXED BY rollout_by_end
+WHERE status IN ('succeeded', 'failed', 'cancelled') AND deadline IS NULL AND end_time < ?
+ORDER BY end_time LIMIT ?;
+
+-- name: statuses_of_attempts
+SELECT status FROM attempt WHERE rollout IN (…);
+
+-- name: delete_rollouts
+DELETE FROM rollout WHERE ordinal IN (…);
+
+-- name: delete_payloads
+DELETE FROM rollout_payload WHERE ordinal IN (…);
+
+-- name: delete_attempts
+DELETE FROM attempt WHERE rollout IN (…);
+
+-- name: insert_dropped
+INSERT OR REPLACE INTO dropped (ordinal, rollout, rollout_id, has_spans) VALUES …;
+
+-- name: dropped_rollout
+SELECT ordinal FROM dropped WHERE rollout_id = ?;
+
+-- name: spans_of_dropped
+SELECT span.ordinal, length(span.payload)
+FROM dropped CROSS JOIN span ON span.rollout = dropped.rollout
+WHERE dropped.has_spans = 1 LIMIT ?;
+
+-- name: delete_spans
+DELETE FROM span WHERE ordinal IN (…);
+
+-- name: note_spans_deleted
+UPDATE dropped SET has_spans = 0 WHERE has_spans = 1;
+
+-- name: forget_dropped
+DELETE FROM dropped WHERE ordinal <= ? AND has_spans = 0;
