@@ -11,6 +11,7 @@ from lightning.cli.demo import run_demo
 from lightning.cli.errors import run_reporting
 from lightning.cli.runner import run_runners
 from lightning.cli.store import serve_store
+from lightning.cli.store_data import back_up_store, export_store, import_store
 from lightning.cli.token import app as token_app
 
 app = typer.Typer(
@@ -51,7 +52,12 @@ def lightning(
         typer.echo(context.get_help())
 
 
-app.command("store")(serve_store)
+store_app = typer.Typer(rich_markup_mode="rich")
+store_app.callback(invoke_without_command=True)(serve_store)
+store_app.command("backup")(back_up_store)
+store_app.command("export")(export_store)
+store_app.command("import")(import_store)
+app.add_typer(store_app, name="store")
 app.command("runner")(run_runners)
 app.command("demo")(run_demo)
 app.add_typer(token_app, name="token")

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 
 def serve_store(
+    context: typer.Context,
     host: Annotated[str, typer.Option(help="The address to listen at.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="The port; 0 picks a free one.")] = 4747,
     backend: Annotated[
@@ -114,6 +115,9 @@ def serve_store(
       [bold]lightning store --host 0.0.0.0 --tls-cert cert.pem --tls-key key.pem --tokens tokens.json[/]
       [bold]lightning store --host 0.0.0.0 --insecure[/]   the same for a network where everybody is trusted
     """
+    if context.invoked_subcommand is not None:
+        _refuse_options(context)
+        return
     from lightning.rpc import LightningStoreServer
     from lightning.rpc.address import is_loopback
     from lightning.store.open import full_url, open_store
@@ -150,6 +154,15 @@ def serve_store(
         )
     with reporting(OSError, ImportError, BackendError):
         asyncio.run(_serve(server, full_url(backend), host, grace))
+
+
+def _refuse_options(context: typer.Context) -> None:
+    """They are the server's, and would do nothing before the name of a command that is none."""
+    for option in context.command.params:
+        if "COMMANDLINE" in str(context.get_parameter_source(option.name or "")):
+            raise CommandError(
+                f"give {option.opts[0]} after {context.invoked_subcommand}, if it has it", EXIT_USAGE
+            )
 
 
 def _show_access_log() -> None:

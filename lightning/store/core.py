@@ -69,6 +69,11 @@ class EngineCore(LightningStore):
         """What is being finished, kept from the garbage collector."""
 
     @property
+    def persistence(self) -> Persistence:
+        """Where records rest, for who moves them while the store is not in use."""
+        return self._persistence
+
+    @property
     def _mailboxes(self) -> WorkerMailboxes:
         return self._commands
 

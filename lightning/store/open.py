@@ -10,6 +10,7 @@ from typing import Any
 
 from lightning.store.backends import InMemoryLightningStore, SQLiteLightningStore
 from lightning.store.contract import LightningStore
+from lightning.store.persistence.sqlite import IN_MEMORY
 
 
 def default_path() -> Path:
@@ -53,6 +54,15 @@ def full_url(url: str) -> str:
     return f"sqlite:{default_path()}" if url.rstrip(":") == "sqlite" else url
 
 
+def sqlite_path(url: str) -> Path | None:
+    """The file of the store that `url` names; None if it is in none. Raises `ValueError` for what is no store's URL."""
+    scheme, _, rest = url.partition(":")
+    _backend_of(url)
+    if scheme != "sqlite" or rest == IN_MEMORY:
+        return None
+    return Path(rest).expanduser() if rest else default_path()
+
+
 def is_store_url(text: str) -> bool:
     """Whether `text` begins as the URL of a store does."""
     return text.partition(":")[0] in _BACKENDS
@@ -73,13 +83,17 @@ def open_store(
         ValueError: There is no such kind of store, its name is incomplete, or it does not take such an option.
     """
     scheme, _, rest = url.partition(":")
-    if not is_store_url(url):
-        forms = ", ".join(backend.form for backend in _BACKENDS.values())
-        raise ValueError(f"unknown store {url!r}; a store is one of: {forms}")
-    backend = _BACKENDS[scheme]
+    backend = _backend_of(url)
     given = {"durability": durability, "retain": retain}
     options = {name: value for name, value in given.items() if value is not None}
     for name in options:
         if name not in backend.options:
             raise ValueError(f"the store {scheme!r} takes no {name}")
     return backend.open(rest, **options)
+
+
+def _backend_of(url: str) -> _Backend:
+    if not is_store_url(url):
+        forms = ", ".join(backend.form for backend in _BACKENDS.values())
+        raise ValueError(f"unknown store {url!r}; a store is one of: {forms}")
+    return _BACKENDS[url.partition(":")[0]]

@@ -179,6 +179,10 @@ class Persistence(ABC):
         """The page of the query, and how many match in all. Without a sort field: in order of creation."""
 
     @abstractmethod
+    async def queue_order(self) -> list[str]:
+        """The ids of the rollouts in the queue, from its head."""
+
+    @abstractmethod
     async def due_rollouts(self, now: float, limit: int) -> list[str]:
         """Up to `limit` rollouts whose deadline is before `now`, the earliest first."""
 

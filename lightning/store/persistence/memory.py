@@ -186,6 +186,10 @@ class MemoryPersistence(Persistence):
             return (entry for status in query.status_in for entry in self._by_status.get(status, {}).values())
         return iter(self._rollouts.values())
 
+    async def queue_order(self) -> list[str]:
+        with self._lock:
+            return list(self._queue)
+
     async def due_rollouts(self, now: float, limit: int) -> list[str]:
         due: list[_Entry] = []
         with self._lock:

@@ -208,6 +208,9 @@ class SQLitePersistence(Persistence):
     async def find_rollouts(self, query: RolloutQuery) -> tuple[list[RolloutRecord], int]:
         return await self._search(lambda connection: find_rollouts(connection, query))
 
+    async def queue_order(self) -> list[str]:
+        return await self._search(lambda connection: [row[0] for row in select(connection, "queue_order")])
+
     async def due_rollouts(self, now: float, limit: int) -> list[str]:
         return await self._look(
             lambda connection: [row[0] for row in select(connection, "due_rollouts", now, limit)]

@@ -17,6 +17,9 @@ WHERE attempt.attempt_id = ?;
 -- name: head_of_queue
 SELECT * FROM stored_rollout WHERE queue_position IS NOT NULL ORDER BY queue_position LIMIT ?;
 
+-- name: queue_order
+SELECT rollout_id FROM rollout WHERE queue_position IS NOT NULL ORDER BY queue_position;
+
 -- name: queued_since
 SELECT max(rollout.start_time, coalesce(max(attempt.end_time), rollout.start_time))
 FROM rollout LEFT JOIN attempt ON attempt.rollout = rollout.ordinal
