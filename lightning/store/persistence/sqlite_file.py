@@ -171,7 +171,8 @@ def open_writer(path: Path | None, durability: Durability) -> sqlite3.Connection
         migrate(connection, migrations())
     except (sqlite3.Error, BackendOpenError) as error:
         connection.close()
-        raise BackendOpenError(f"{path or 'a database in memory'} cannot be opened: {error}") from error
+        why = "there is no room left on its disk" if _is_for_want_of_room(error) else error
+        raise BackendOpenError(f"{path or 'a database in memory'} cannot be opened: {why}") from error
     return connection
 
 
@@ -313,6 +314,11 @@ def as_backend_error(error: Exception) -> Exception:
         return ValueError(f"a value is too large to be stored: {error}")
     if not isinstance(error, sqlite3.Error):
         return error
-    if "disk is full" in str(error):
+    if _is_for_want_of_room(error):
         return BackendFullError("there is no room left on the disk of the database; nothing was written")
     return BackendError(f"the database failed: {error}")
+
+
+def _is_for_want_of_room(error: Exception) -> bool:
+    # the second is for the index of the log, which is in shared memory (Python 3.10 does not tell)
+    return "disk is full" in str(error) or getattr(error, "sqlite_errorname", "") == "SQLITE_IOERR_SHMSIZE"
