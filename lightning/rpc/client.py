@@ -190,7 +190,7 @@ class LightningStoreClient(RemoteReads):
     @property
     def capabilities(self) -> LightningStoreCapabilities:
         """What this client can do, whatever the store behind the server: it answers without asking."""
-        return {"thread_safe": True, "async_safe": True, "zero_copy": False, "otlp_traces": False}
+        return {"thread_safe": True, "async_safe": True, "zero_copy": False, "otlp_traces": True}
 
     # --- Handing out work --------------------------------------------------------------------------------------
 

@@ -22,6 +22,7 @@ from lightning.store.records import SpanRecord
 from lightning.types import (
     UNSET,
     AttemptedRollout,
+    LightningStoreCapabilities,
     PaginatedResult,
     Span,
     Unset,
@@ -218,10 +219,15 @@ async def get_server_info(service: StoreService, request: pb.GetServerInfoReques
         server_version=_server_version(),
         server_instance_id=service.instance_id,
         store_class=service.store_class,
-        capabilities=codec.capabilities_to_proto(service.store.capabilities),
+        capabilities=codec.capabilities_to_proto(served_capabilities(service.store)),
         max_receive_message_bytes=service.limits.max_message_bytes,
         max_send_message_bytes=service.limits.max_message_bytes,
     )
+
+
+def served_capabilities(store: LightningStore) -> LightningStoreCapabilities:
+    """What a store can do with a server before it."""
+    return {**store.capabilities, "thread_safe": True, "async_safe": True, "otlp_traces": True}
 
 
 @cache

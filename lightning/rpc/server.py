@@ -28,12 +28,13 @@ from lightning.rpc.address import (
 from lightning.rpc.admission import Admission
 from lightning.rpc.client import LightningStoreClient
 from lightning.rpc.credentials import FilePath
+from lightning.rpc.handlers import served_capabilities
 from lightning.rpc.health import Health
 from lightning.rpc.interception import Observer, Reception
 from lightning.rpc.metrics import Metrics
 from lightning.rpc.options import ServerLimits
 from lightning.rpc.security import Guard
-from lightning.rpc.service import SERVICE_NAME, StoreService
+from lightning.rpc.service import SERVED, StoreService
 from lightning.rpc.tls import ServerTls, check_together
 from lightning.rpc.tokens import make_token
 from lightning.store.contract import LightningStore
@@ -240,7 +241,7 @@ class LightningStoreServer(ForwardingStore):
     def capabilities(self) -> LightningStoreCapabilities:
         if not self._is_owner:
             return self._as_client().capabilities
-        return {**self._store.capabilities, "thread_safe": True, "async_safe": True}
+        return served_capabilities(self._store)
 
     async def _forward(self, verb: str, *args: Any, **kwargs: Any) -> Any:
         if not self._is_owner:
@@ -288,7 +289,7 @@ class LightningStoreServer(ForwardingStore):
 
     async def _serve(self, thread: LoopThread) -> _Running:
         check_port_is_free(self._endpoint)
-        checks = Health((SERVICE_NAME,), self._store.check_writable)
+        checks = Health(SERVED, self._store.check_writable)
         metrics = self._metrics(thread, checks)
         service = StoreService(self._store, self._store_class, self._limits, checks.suspect)
         observers: list[Observer] = [] if metrics is None else [metrics]
@@ -302,11 +303,11 @@ class LightningStoreServer(ForwardingStore):
             certificates=self._tls is not None and self._tls.client_ca is not None,
         )
         server = grpc.aio.server(options=self._limits.channel_options(), interceptors=(reception,))
-        server.add_generic_rpc_handlers((service.generic_handler(),))
+        server.add_generic_rpc_handlers(service.generic_handlers())
         health_pb2_grpc.add_HealthServicer_to_server(checks, server)
         reflection.enable_server_reflection(
             (
-                SERVICE_NAME,
+                *SERVED,
                 health_pb2.DESCRIPTOR.services_by_name["Health"].full_name,
                 reflection.SERVICE_NAME,
             ),

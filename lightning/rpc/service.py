@@ -13,6 +13,7 @@ from contextlib import aclosing, contextmanager, suppress
 from typing import Any, Protocol, TypeVar
 
 import grpc
+from google.protobuf.descriptor import ServiceDescriptor
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 from grpc.aio import ServicerContext
@@ -28,6 +29,7 @@ from lightning.rpc.errors import (
 )
 from lightning.rpc.handlers import QUERY_HANDLERS, UNARY_HANDLERS, Found, QueryHandler, UnaryHandler
 from lightning.rpc.options import ServerLimits
+from lightning.rpc.otlp import OTLP_HANDLERS, OTLP_SERVICE
 from lightning.rpc.repeats import Outcome, RepeatTable
 from lightning.rpc.span_sessions import SpanSessions, stream_spans
 from lightning.rpc.streams import OpenStreams
@@ -41,6 +43,8 @@ Context = ServicerContext[Any, Any]
 
 SERVICE = pb.DESCRIPTOR.services_by_name["LightningStoreService"]
 SERVICE_NAME = SERVICE.full_name
+SERVED = (SERVICE_NAME, OTLP_SERVICE.full_name)
+"""The services that are answered here."""
 
 _MAX_REQUEST_ID_LENGTH = 256
 """Clients choose their request ids, and the server keeps them for a while."""
@@ -117,17 +121,21 @@ class StoreService:
 
     # --- For the server ---
 
-    def generic_handler(self) -> grpc.GenericRpcHandler:
-        """All RPCs of the service, for `grpc.aio.Server.add_generic_rpc_handlers`."""
+    def generic_handlers(self) -> tuple[grpc.GenericRpcHandler, ...]:
+        """All RPCs of the services that are answered here, for `grpc.aio.Server.add_generic_rpc_handlers`."""
         # Messages are parsed and serialised here rather than by gRPC, which would not say what is wrong with one.
         handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
         for name, handler in UNARY_HANDLERS.items():
-            handlers[name] = grpc.unary_unary_rpc_method_handler(self._unary(name, handler))
+            handlers[name] = self._unary(SERVICE, name, handler)
         for name, query in QUERY_HANDLERS.items():
             handlers[name] = grpc.unary_stream_rpc_method_handler(self._query(name, query))
         for name, stream in STREAM_HANDLERS.items():
             handlers[name] = grpc.stream_stream_rpc_method_handler(self._stream(name, stream))
-        return grpc.method_handlers_generic_handler(SERVICE_NAME, handlers)
+        otlp = {name: self._unary(OTLP_SERVICE, name, handler) for name, handler in OTLP_HANDLERS.items()}
+        return (
+            grpc.method_handlers_generic_handler(SERVICE_NAME, handlers),
+            grpc.method_handlers_generic_handler(OTLP_SERVICE.full_name, otlp),
+        )
 
     async def drain(self, reason: str, grace: float, last_word: WorkerCommand | None) -> None:
         """Refuse new calls, end those that wait, close streams, and let the rest finish for `grace` seconds.
@@ -148,8 +156,10 @@ class StoreService:
 
     # --- The three shapes of calls ---
 
-    def _unary(self, name: str, handler: UnaryHandler) -> Callable[..., Awaitable[bytes]]:
-        request_class = _request_class(name)
+    def _unary(
+        self, of: ServiceDescriptor, name: str, handler: UnaryHandler
+    ) -> grpc.RpcMethodHandler[Any, Any]:
+        request_class = _request_class(of, name)
         changes_something = "request_id" in request_class.DESCRIPTOR.fields_by_name
 
         async def run(request: Any) -> Outcome:
@@ -187,10 +197,10 @@ class StoreService:
                     await abort(context, outcome)
                 return outcome
 
-        return handle
+        return grpc.unary_unary_rpc_method_handler(handle)
 
     def _query(self, name: str, handler: QueryHandler) -> Callable[..., Awaitable[None]]:
-        request_class = _request_class(name)
+        request_class = _request_class(SERVICE, name)
 
         async def answer(data: bytes) -> AsyncGenerator[bytes, None]:
             self._refuse_while_draining()
@@ -203,7 +213,7 @@ class StoreService:
         return handle
 
     def _stream(self, name: str, handler: StreamHandler) -> Callable[..., Awaitable[None]]:
-        request_class = _request_class(name)
+        request_class = _request_class(SERVICE, name)
 
         async def parsed(requests: AsyncIterator[bytes]) -> AsyncGenerator[Any, None]:
             async for data in requests:
@@ -279,8 +289,8 @@ def _chunks(found: Found) -> Iterator[Message]:
     yield message
 
 
-def _request_class(method: str) -> type[Message]:
-    return GetMessageClass(SERVICE.methods_by_name[method].input_type)
+def _request_class(of: ServiceDescriptor, method: str) -> type[Message]:
+    return GetMessageClass(of.methods_by_name[method].input_type)
 
 
 def _parse(request_class: type[Message], data: bytes) -> Any:

@@ -22,6 +22,7 @@ from opentelemetry.trace import SpanKind, Status, StatusCode, TraceFlags
 from opentelemetry.trace.span import TraceState
 
 from lightning.codec.building import construct
+from lightning.codec.opentelemetry import SAMPLED, exact_fields, scope_fields, to_nanoseconds, to_seconds
 from lightning.types import (
     Attributes,
     Event,
@@ -32,9 +33,6 @@ from lightning.types import (
     TraceStatus,
     to_json_value,
 )
-
-_NANOSECONDS_PER_SECOND = 1_000_000_000
-_SAMPLED = int(TraceFlags.SAMPLED)
 
 _EXACT = (
     "start_time_ns",
@@ -62,8 +60,10 @@ def span_from_opentelemetry(source: ReadableSpan, rollout_id: str, attempt_id: s
     extra: dict[str, Any] = {"kind": source.kind.name}
     scope = source.instrumentation_scope
     if scope is not None:
-        extra["instrumentation_scope"] = _scope_fields(scope)
-    _keep_exact(extra, source)
+        extra["instrumentation_scope"] = scope_fields(
+            scope.name, scope.version, scope.schema_url, _attributes(scope.attributes)
+        )
+    extra.update(_exact(source))
     _keep_public_fields(extra, source)
     fields = {
         "rollout_id": rollout_id,
@@ -77,8 +77,8 @@ def span_from_opentelemetry(source: ReadableSpan, rollout_id: str, attempt_id: s
         "attributes": _attributes(source.attributes),
         "events": [_event(event) for event in source.events],
         "links": [_link(link) for link in source.links],
-        "start_time": _seconds(source.start_time),
-        "end_time": _seconds(source.end_time),
+        "start_time": to_seconds(source.start_time),
+        "end_time": to_seconds(source.end_time),
         "context": _context(context),
         "parent": None if parent is None else _context(parent),
         "resource": _resource(source.resource),
@@ -95,8 +95,8 @@ def span_to_opentelemetry(span: Span) -> ReadableSpan:
         parent = SpanContext(trace_id=span.trace_id, span_id=span.parent_id)
     result = ReadableSpan(
         name=span.name,
-        context=_otel_context(own, extra.get("trace_flags", _SAMPLED)),
-        parent=None if parent is None else _otel_context(parent, extra.get("parent_trace_flags", _SAMPLED)),
+        context=_otel_context(own, extra.get("trace_flags", SAMPLED)),
+        parent=None if parent is None else _otel_context(parent, extra.get("parent_trace_flags", SAMPLED)),
         resource=Resource(_otel_attributes(span.resource.attributes), span.resource.schema_url),
         attributes=_bounded(span.attributes, extra.get("dropped_attributes", 0)),
         events=_bounded_list(_otel_events(span.events, extra), extra.get("dropped_events", 0)),
@@ -138,7 +138,7 @@ def _event(event: OtelEvent) -> Event:
     fields = {
         "name": event.name,
         "attributes": _attributes(event.attributes),
-        "timestamp": _seconds(event.timestamp),
+        "timestamp": to_seconds(event.timestamp),
     }
     return construct(Event, fields)
 
@@ -158,10 +158,6 @@ def _status(status: Status) -> TraceStatus:
     return construct(TraceStatus, fields)
 
 
-def _seconds(nanoseconds: int | None) -> float | None:
-    return None if nanoseconds is None else nanoseconds / _NANOSECONDS_PER_SECOND
-
-
 def _attributes(attributes: Mapping[str, Any] | None) -> Attributes:
     """A copy in which sequences are lists, as they are in the store."""
     return {} if not attributes else {key: _with_lists(value) for key, value in attributes.items()}
@@ -175,46 +171,24 @@ def _with_lists(value: Any) -> Any:
     return value
 
 
-def _scope_fields(scope: InstrumentationScope) -> dict[str, Any]:
-    fields: dict[str, Any] = {"name": scope.name}
-    if scope.version != "":  # what a tracer has that was given none
-        fields["version"] = scope.version
-    if scope.schema_url:
-        fields["schema_url"] = scope.schema_url
-    if scope.attributes:
-        fields["attributes"] = to_json_value(
-            _attributes(scope.attributes), "instrumentation_scope.attributes"
-        )
-    return fields
-
-
-def _keep_exact(extra: dict[str, Any], source: ReadableSpan) -> None:
-    """Note what the span's own fields would lose."""
-    context = source.context
+def _exact(source: ReadableSpan) -> dict[str, Any]:
+    """What the span's own fields would lose."""
+    context, parent, events, links = source.context, source.parent, source.events, source.links
     assert context is not None
-    events, links, parent = source.events, source.links, source.parent
-    exact = {
-        "start_time_ns": source.start_time,
-        "end_time_ns": source.end_time,
-        "event_times_ns": [event.timestamp for event in events],
-        "dropped_attributes": source.dropped_attributes,
-        "dropped_events": source.dropped_events,
-        "dropped_links": source.dropped_links,
-        "event_dropped_attributes": _unless_zero([event.dropped_attributes for event in events]),
-        "link_dropped_attributes": _unless_zero([link.dropped_attributes for link in links]),
-    }
-    extra.update((name, value) for name, value in exact.items() if value)
-    if context.trace_flags != _SAMPLED:
-        extra["trace_flags"] = int(context.trace_flags)
-    if parent is not None and parent.trace_flags != _SAMPLED:
-        extra["parent_trace_flags"] = int(parent.trace_flags)
-    link_flags = [int(link.context.trace_flags) for link in links]
-    if any(flags != _SAMPLED for flags in link_flags):
-        extra["link_trace_flags"] = link_flags
-
-
-def _unless_zero(counts: list[int]) -> list[int]:
-    return counts if any(counts) else []
+    return exact_fields(
+        times_ns=(source.start_time, source.end_time),
+        event_times_ns=[event.timestamp for event in events],
+        dropped={
+            "attributes": source.dropped_attributes,
+            "events": source.dropped_events,
+            "links": source.dropped_links,
+        },
+        event_dropped_attributes=[event.dropped_attributes for event in events],
+        link_dropped_attributes=[link.dropped_attributes for link in links],
+        trace_flags=int(context.trace_flags),
+        parent_trace_flags=SAMPLED if parent is None else int(parent.trace_flags),
+        link_trace_flags=[int(link.context.trace_flags) for link in links],
+    )
 
 
 def _keep_public_fields(extra: dict[str, Any], source: ReadableSpan) -> None:
@@ -249,9 +223,9 @@ def _otel_status(status: TraceStatus) -> Status:
 
 def _nanoseconds(seconds: float | None, exact: int | None) -> int | None:
     """`exact` if that is what `seconds` was made from and stands for still, else what `seconds` says."""
-    if seconds is None or (exact is not None and _seconds(exact) == seconds):
+    if seconds is None or (exact is not None and to_seconds(exact) == seconds):
         return None if seconds is None else exact
-    return round(seconds * _NANOSECONDS_PER_SECOND)
+    return to_nanoseconds(seconds)
 
 
 def _otel_attributes(attributes: Attributes) -> dict[str, Any]:
@@ -291,7 +265,7 @@ def _otel_events(events: Sequence[Event], extra: Mapping[str, Any]) -> list[Otel
 
 
 def _otel_links(links: Sequence[Link], extra: Mapping[str, Any]) -> list[OtelLink]:
-    flags = _aligned(extra, "link_trace_flags", len(links), _SAMPLED)
+    flags = _aligned(extra, "link_trace_flags", len(links), SAMPLED)
     dropped = _aligned(extra, "link_dropped_attributes", len(links), 0)
     return [
         OtelLink(

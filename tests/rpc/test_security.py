@@ -58,7 +58,6 @@ TABLE = documented()
 NOT_SERVED = {
     "grpc.health.v1.Health/List",
     f"{SERVICE_NAME}/WatchRollouts",
-    "opentelemetry.proto.collector.trace.v1.TraceService/Export",
     "grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
 }
 """Of these a server may have none yet."""
