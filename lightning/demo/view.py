@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -143,8 +143,8 @@ class TrainingView:
         queued = by_status.get("queuing", 0) + by_status.get("requeuing", 0)
         return Text(
             f"rollouts  {by_status.get('succeeded', 0):5d} done  {running:3d} running  {queued:3d} queued"
-            f"   {self._rates.rollouts:5.1f}/s\n"
-            f"spans     {statistics.get('total_spans', 0):5d} stored {'':28s}{self._rates.spans:7.1f}/s"
+            f"  {self._rates.rollouts:5.1f}/s\n"  # 54 characters, which fit into a terminal of 60
+            f"spans     {statistics.get('total_spans', 0):5d} stored{'':23s}{self._rates.spans:7.1f}/s"
         )
 
     def _workers_part(self) -> RenderableType:
@@ -166,8 +166,8 @@ class TrainingView:
                 Text(worker.status, style=style),
                 (worker.current_rollout_id or "")[:15],
                 f"{max(0.0, now - max(heard)):.0f} s ago" if heard else "never",
-                _percent(stats.get("cpu_usage_pct")),
-                _percent(stats.get("mem_pct")),
+                _usage(stats, "cpu"),
+                _usage(stats, "memory"),
             )
         return table
 
@@ -226,5 +226,8 @@ def save_curve(result: TrainingResult, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def _percent(value: object) -> str:
-    return f"{value:.0f} %" if isinstance(value, (int, float)) else ""
+def _usage(stats: dict[str, Any], part: str) -> str:
+    """What `system_snapshot` measured; nothing where a worker of another make sends something else."""
+    measured = stats.get(part)
+    percent = measured.get("usage_percent") if isinstance(measured, dict) else None
+    return f"{percent:.0f} %" if isinstance(percent, (int, float)) else ""
