@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import psutil
@@ -12,13 +12,19 @@ from lightning.store.engine import StoreEngine
 from lightning.store.persistence.memory import MemoryPersistence
 from lightning.store.persistence.sqlite import SQLitePersistence
 from lightning.store.persistence.sqlite_file import Durability
+from lightning.store.records import SpanRecord
 from lightning.store.retention import Retention
+from lightning.types import Span
 
 _DEFAULT_EVICTION_FRACTION = 0.7
 _DEFAULT_SAFE_FRACTION = 0.8
 
 MemoryAmount = int | float
 """Bytes (an int, or a float above 1), or a fraction (a float of at most 1)."""
+
+
+SpanSizeEstimator = Callable[[Span], int]
+"""Bytes that a span counts as."""
 
 
 class InMemoryLightningStore(StoreEngine):
@@ -30,6 +36,8 @@ class InMemoryLightningStore(StoreEngine):
             or a fraction of the machine's memory. Default: 0.7 of it.
         safe_memory_threshold: How far down an eviction goes: bytes, or a fraction of the eviction threshold.
             Default: 0.8 of it.
+        span_size_estimator: Says how many bytes a span counts as. Each span is decoded for it, which costs time; by
+            default what a span really occupies is counted, without decoding it.
         validate_resources: See `StoreEngine`.
         clock: See `StoreEngine`.
 
@@ -43,6 +51,7 @@ class InMemoryLightningStore(StoreEngine):
         thread_safe: bool = True,
         eviction_memory_threshold: MemoryAmount | None = None,
         safe_memory_threshold: MemoryAmount | None = None,
+        span_size_estimator: SpanSizeEstimator | None = None,
         validate_resources: bool = True,
         clock: Clock | None = None,
     ) -> None:
@@ -62,7 +71,10 @@ class InMemoryLightningStore(StoreEngine):
                 f"safe_memory_threshold ({safe} bytes) is above the eviction threshold ({eviction} bytes)"
             )
         persistence = MemoryPersistence(
-            eviction_threshold_bytes=eviction, safe_threshold_bytes=safe, capacity_bytes=capacity
+            eviction_threshold_bytes=eviction,
+            safe_threshold_bytes=safe,
+            capacity_bytes=capacity,
+            span_bytes=None if span_size_estimator is None else _by_span(span_size_estimator),
         )
         super().__init__(persistence, clock=clock, validate_resources=validate_resources)
 
@@ -101,6 +113,16 @@ class SQLiteLightningStore(StoreEngine):
         retention = None if retain is None else Retention.of(retain)
         persistence = SQLitePersistence(path, durability=durability, retention=retention, now=clock.now)
         super().__init__(persistence, clock=clock, validate_resources=validate_resources)
+
+
+def _by_span(estimate: SpanSizeEstimator) -> Callable[[SpanRecord], int]:
+    def size(record: SpanRecord) -> int:
+        value = estimate(record.to_span())
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise ValueError(f"span_size_estimator must return a number of bytes, 0 or more, not {value!r}")
+        return value
+
+    return size
 
 
 def _bytes(amount: MemoryAmount, whole: int, name: str) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import heapq
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import count, islice
 
@@ -66,6 +66,7 @@ class MemoryPersistence(Persistence):
             finished first going first.
         safe_threshold_bytes: How far down an eviction goes.
         capacity_bytes: The memory of which the thresholds are parts, for `totals`.
+        span_bytes: What a span counts as; None: what it occupies.
     """
 
     name = "memory"
@@ -73,7 +74,12 @@ class MemoryPersistence(Persistence):
     instant = True
 
     def __init__(
-        self, *, eviction_threshold_bytes: int, safe_threshold_bytes: int, capacity_bytes: int
+        self,
+        *,
+        eviction_threshold_bytes: int,
+        safe_threshold_bytes: int,
+        capacity_bytes: int,
+        span_bytes: Callable[[SpanRecord], int] | None = None,
     ) -> None:
         self._limits = {
             "eviction_threshold_bytes": eviction_threshold_bytes,
@@ -82,6 +88,7 @@ class MemoryPersistence(Persistence):
         }
         self._eviction_threshold_bytes = eviction_threshold_bytes
         self._safe_threshold_bytes = safe_threshold_bytes
+        self._bytes_of = _occupied_bytes if span_bytes is None else span_bytes
         self._lock = threading.RLock()
         self._revision = 0
         self._rollouts: dict[str, _Entry] = {}
@@ -276,9 +283,9 @@ class MemoryPersistence(Persistence):
     def _keep(self, entry: _Entry, attempt_id: str, spans: dict[str, SpanRecord]) -> None:
         if not spans:
             return
+        size = sum(map(self._bytes_of, spans.values()))  # first, since it may be the user's code, and fail
         if entry.spans is None:
             entry.spans = _Spans()
-        size = sum(len(span.payload) + _SPAN_OVERHEAD_BYTES for span in spans.values())
         entry.spans.by_attempt.setdefault(attempt_id, {}).update(spans)
         entry.spans.size_bytes += size
         self._span_bytes += size
@@ -388,3 +395,7 @@ class MemoryPersistence(Persistence):
                 queued_since=None if head is None else lifecycle.queued_since(head.record),
                 limits=dict(self._limits),
             )
+
+
+def _occupied_bytes(span: SpanRecord) -> int:
+    return len(span.payload) + _SPAN_OVERHEAD_BYTES
