@@ -140,6 +140,10 @@ class AgentRunner:
         """What executes the rollouts. Raises `RuntimeError` if the runner was given none."""
         return self._require_agent()
 
+    def get_worker_id(self) -> str:
+        """The name under which the store knows this runner, given or made: `worker_id`."""
+        return self.worker_id
+
     def _require_agent(self) -> Agent:
         if self._agent is None:
             raise RuntimeError("the runner has no agent to execute rollouts with: pass agent=…")

@@ -617,3 +617,8 @@ async def test_thread_mode_needs_a_thread_safe_store_and_is_the_default_where_th
         AgentRunner(store=unsafe, agent=async_agent, heartbeat_launch_mode="thread")
     ended = await run_one(unsafe, async_agent)
     assert ended.status == "succeeded"
+
+
+async def test_the_worker_id_can_be_asked_for(store: LightningStore) -> None:
+    runner = AgentRunner(store=store, worker_id="worker-01")
+    assert runner.get_worker_id() == runner.worker_id == "worker-01"
