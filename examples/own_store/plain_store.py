@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from plain_values import (
     check,
+    check_request,
     checked_config,
     checked_list,
     contains,
@@ -169,7 +170,8 @@ class PlainStore(LightningStore):
     def _create(self, requests: Sequence[EnqueueRolloutRequest]) -> list[Rollout]:
         created = []
         latest = self._resources[-1].resources_id if self._resources else None
-        for request in requests:
+        for index, request in enumerate(requests):
+            check_request(index, request)
             resources_id = latest if request.resources_id is None else request.resources_id
             self._check_rollout_fields({"mode": request.mode, "resources_id": resources_id})
             rollout = Rollout(

@@ -44,6 +44,12 @@ def request_of(
     )
 
 
+def check_request(index: int, request: Any) -> None:
+    """Refuse what is no request, naming its place."""
+    if not isinstance(request, EnqueueRolloutRequest):
+        raise TypeError(f"rollouts[{index}] must be an EnqueueRolloutRequest, not {type(request).__name__}")
+
+
 def checked_config(config: RolloutConfig | None) -> RolloutConfig:
     """A copy of a config that is valid still, or the default."""
     return RolloutConfig() if config is None else RolloutConfig.model_validate(config.model_dump())

@@ -23,7 +23,7 @@ from lightning.rpc.credentials import FilePath, find_credentials
 from lightning.rpc.options import ClientOptions
 from lightning.rpc.reads import RemoteReads
 from lightning.rpc.relay import RelayedConnection
-from lightning.store.arguments import check_count
+from lightning.store.arguments import check_count, check_requests
 from lightning.store.queries import check_wait
 from lightning.types import (
     UNSET,
@@ -218,6 +218,7 @@ class LightningStoreClient(RemoteReads):
         return (await self.enqueue_many_rollouts([_spec(input, mode, resources_id, config, metadata)]))[0]
 
     async def enqueue_many_rollouts(self, rollouts: Sequence[EnqueueRolloutRequest]) -> Sequence[Rollout]:
+        check_requests(rollouts)
         specs = [codec.spec_to_proto(rollout) for rollout in rollouts]
         response = await self._call(
             "EnqueueRollouts", pb.EnqueueRolloutsRequest(request_id=_new_id(), specs=specs)

@@ -9,7 +9,7 @@ from lightning.store.contract import UnknownIdError
 from lightning.store.numbers import check_count as check_count
 from lightning.store.numbers import check_time as check_time
 from lightning.store.records import ConfigRecord
-from lightning.types import RolloutConfig
+from lightning.types import EnqueueRolloutRequest, RolloutConfig
 
 ROLLOUT_STATUSES = ("queuing", "preparing", "running", "succeeded", "failed", "requeuing", "cancelled")
 ATTEMPT_STATUSES = ("preparing", "running", "succeeded", "failed", "timeout", "unresponsive", "cancelled")
@@ -38,6 +38,14 @@ def config_record(config: RolloutConfig | None) -> ConfigRecord:
     if config is not None and not isinstance(config, RolloutConfig):
         raise TypeError(f"config must be a RolloutConfig, not {type(config).__name__}")
     return ConfigRecord.of(config)
+
+
+def check_requests(rollouts: Sequence[Any]) -> None:
+    for index, request in enumerate(rollouts):
+        if not isinstance(request, EnqueueRolloutRequest):
+            raise TypeError(
+                f"rollouts[{index}] must be an EnqueueRolloutRequest, not {type(request).__name__}"
+            )
 
 
 def require_choice(value: Any, choices: Sequence[str], name: str) -> Any:

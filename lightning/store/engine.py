@@ -17,6 +17,7 @@ from lightning.store.arguments import (
     ROLLOUT_STATUSES,
     check_choice,
     check_count,
+    check_requests,
     check_time,
     check_worker_id,
     config_record,
@@ -112,6 +113,7 @@ class StoreEngine(ReadingVerbs):
         return (await self.enqueue_many_rollouts([request]))[0]
 
     async def enqueue_many_rollouts(self, rollouts: Sequence[EnqueueRolloutRequest]) -> Sequence[Rollout]:
+        check_requests(rollouts)
         now = await self._enter()
         records = await self._complete(self._insert(await self._new_rollouts(rollouts, now), now))
         return [record.to_rollout() for record in records]

@@ -146,6 +146,13 @@ class RolloutContract(StoreTheme):
         assert await everything(store) == before
         assert await store.dequeue_rollout() is None
 
+    async def test_many_are_requests(self, store: LightningStore) -> None:
+        before = await everything(store)
+        for bad in ({"input": 2}, "task", None):
+            with refused(TypeError, "rollouts[1]", type(bad).__name__):
+                await store.enqueue_many_rollouts([EnqueueRolloutRequest(input=1), bad])  # type: ignore[list-item]
+        assert await everything(store) == before
+
     # --- Bound to resources ---
 
     async def test_without_an_id_the_latest_resources_are_bound(self, store: LightningStore) -> None:
