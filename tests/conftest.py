@@ -41,6 +41,10 @@ def anyio_backend() -> str:
 def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Where everything can be had, a skipped test is a test that is missing."""
     report = yield
+    # what tests log of lone surrogates could not be sent from pytest-xdist's workers
+    report.sections = [
+        (title, text.encode("utf-8", "backslashreplace").decode()) for title, text in report.sections
+    ]
     return _refuse_skip(report)
 
 
@@ -109,12 +113,23 @@ def _threads() -> set[str]:
 
 
 def _children() -> set[str]:
+    if not _has_child():
+        return set()
     helpers = {
         getattr(resource_tracker._resource_tracker, "_pid", None),
         getattr(forkserver._forkserver, "_forkserver_pid", None),
     }
     children = psutil.Process().children(recursive=True)
     return {f"process {child.pid}" for child in children if child.pid not in helpers}
+
+
+def _has_child() -> bool:
+    """Answers at once, where finding out which ones there are means going through all processes of the machine."""
+    try:
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT | os.WNOHANG)
+    except ChildProcessError:
+        return False
+    return True
 
 
 def _listeners() -> set[str]:

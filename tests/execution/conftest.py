@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import queue
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 import time
@@ -36,8 +38,8 @@ class Program:
 
     def __init__(self, folder: Path, source: str, *arguments: str, env: dict[str, str] | None = None) -> None:
         self._mark = uuid.uuid4().hex
-        self.temp = folder / "temp"
-        self.temp.mkdir()
+        # short, for a socket's path in it may have no more than some hundred bytes
+        self.temp = Path(tempfile.mkdtemp(prefix="lightning-"))
         script = folder / "program.py"
         script.write_text(textwrap.dedent(source))
         self._stderr = (folder / "stderr.txt").open("w+b")
@@ -140,6 +142,7 @@ class Program:
         assert self.process.stdout is not None
         self.process.stdout.close()
         self._stderr.close()
+        shutil.rmtree(self.temp)
 
 
 ProgramStart = Callable[..., Program]
