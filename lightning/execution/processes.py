@@ -21,6 +21,7 @@ from collections import ChainMap
 from collections.abc import Callable, Collection, Sequence
 from multiprocessing import Pipe, context, reduction, spawn, util
 from pathlib import Path
+from types import CodeType
 from typing import Any, ClassVar, cast
 
 import cloudpickle
@@ -67,12 +68,25 @@ class Payload:
         self._entry = entry  # keeps the file descriptors open
 
 
+def _reduce_code(code: CodeType) -> tuple[Any, ...]:
+    """As cloudpickle does, and with the name of the file, which it leaves out since 3.1.3: without it, no traceback
+    could show the line where something happened."""
+    rebuild, parts = cloudpickle.Pickler.dispatch_table[CodeType](code)
+    return _rebuild_code, (rebuild, parts, code.co_filename)
+
+
+def _rebuild_code(rebuild: Callable[..., CodeType], parts: tuple[Any, ...], file_name: str) -> CodeType:
+    return rebuild(*parts).replace(co_filename=file_name)
+
+
 class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # it has no types
     """Pickles by value what is defined in a script, a notebook or a function, and, as an own `Process` would get them,
     the connections and sockets that the task refers to."""
 
     dispatch_table: ClassVar[Any] = ChainMap(
-        cloudpickle.Pickler.dispatch_table, reduction.ForkingPickler(io.BytesIO()).dispatch_table
+        {CodeType: _reduce_code},
+        cloudpickle.Pickler.dispatch_table,
+        reduction.ForkingPickler(io.BytesIO()).dispatch_table,
     )
 
 
