@@ -96,17 +96,19 @@ def check_span(message: span_pb2.Span) -> None:
     Raises:
         ValueError: It would not; the message says why.
     """
+    has = message.HasField
     _check_sequence_id(message.sequence_id)
-    if message.HasField("status"):
+    if has("status"):
         SPAN_STATUS_CODE.to_word(message.status.code, "Span.status.code")
-    if message.HasField("extra_json"):
+    if has("extra_json"):
         encode_object(_read_extra(message.extra_json), "span")
     check_attributes(message.attributes, "attributes")
     for event in message.events:
         check_attributes(event.attributes, "events.attributes")
     for link in message.links:
         check_attributes(link.attributes.attributes, "links.attributes")
-    check_attributes(message.resource.attributes, "resource.attributes")
+    if has("resource"):
+        check_attributes(message.resource.attributes, "resource.attributes")
 
 
 def encode_span(span: Span) -> bytes:

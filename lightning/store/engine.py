@@ -252,7 +252,7 @@ class StoreEngine(ReadingVerbs):
         receipts = await self.add_span_records(rollout_ids, records)
         return [
             # from the bytes that were stored: a copy, and what any later query will return
-            replace(record, sequence_id=receipt.sequence_id).to_span()
+            record._replace(sequence_id=receipt.sequence_id).to_span()
             for record, receipt in zip(records, receipts, strict=True)
             if receipt.stored
         ]

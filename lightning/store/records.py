@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from lightning.codec.spans import decode_span, encode_span
 from lightning.types import (
@@ -169,9 +169,8 @@ class RolloutRecord:
         }
 
 
-@dataclass(frozen=True, slots=True)
-class SpanRecord:
-    """One stored span."""
+class SpanRecord(NamedTuple):
+    """One stored span. (These two are tuples, which are made several times as fast as frozen dataclasses.)"""
 
     attempt_id: str
     span_id: str
@@ -190,8 +189,7 @@ class SpanRecord:
         return decode_span(self.payload, self.sequence_id)
 
 
-@dataclass(frozen=True, slots=True)
-class SpanReceipt:
+class SpanReceipt(NamedTuple):
     """What became of a span that was handed in."""
 
     sequence_id: int

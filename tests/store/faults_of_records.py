@@ -44,7 +44,7 @@ def duplicates_are_stored(patch: Patch) -> None:
     original = MemoryPersistence.append_spans
 
     async def append(self: Any, rollout_id: str, attempt_id: str, spans: Any, transition: Any) -> Any:
-        renamed = [replace(span, span_id=uuid.uuid4().hex) for span in spans]
+        renamed = [span._replace(span_id=uuid.uuid4().hex) for span in spans]
         return await original(self, rollout_id, attempt_id, renamed, transition)
 
     patch.setattr(MemoryPersistence, "append_spans", append)
@@ -92,7 +92,7 @@ def spans_come_as_they_arrived(patch: Patch) -> None:
         found = (
             [] if spans is None else [s for a in attempt_ids for s in spans.by_attempt.get(a, {}).values()]
         )
-        return [replace(span, sequence_id=n) for n, span in enumerate(found, start=1)]
+        return [span._replace(sequence_id=n) for n, span in enumerate(found, start=1)]
 
     patch.setattr(MemoryPersistence, "find_spans", find)
 

@@ -269,7 +269,7 @@ class MemoryPersistence(Persistence):
                     fresh[span.span_id] = span
             after, sequence_ids = transition(entry.record, list(fresh.values()))
             for span, sequence_id in zip(list(fresh.values()), sequence_ids, strict=True):
-                numbered = span if span.sequence_id == sequence_id else replace(span, sequence_id=sequence_id)
+                numbered = span if span.sequence_id == sequence_id else span._replace(sequence_id=sequence_id)
                 fresh[span.span_id] = numbered
             self._keep(entry, attempt_id, fresh)
             change = self._replace(entry, after)
