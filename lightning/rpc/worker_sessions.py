@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 from typing import TYPE_CHECKING
@@ -11,6 +12,7 @@ from lightningpb.v1 import store_service_pb2 as pb
 
 from lightning import codec
 from lightning.rpc.streams import Outbox
+from lightning.store.lifecycle import DEFAULT_SILENT_AFTER_SECONDS
 from lightning.types import WorkerCommand
 
 if TYPE_CHECKING:
@@ -74,7 +76,15 @@ async def _record_heartbeats(
     hello: pb.WorkerSessionRequest.Hello,
     outbox: Outbox[pb.WorkerSessionResponse],
 ) -> None:
-    async for request in requests:
+    silent_after: float | None = None  # who only listens here has other ways to be heard
+    while True:
+        try:
+            request = await asyncio.wait_for(anext(requests), silent_after)
+        except StopAsyncIteration:
+            return
+        except asyncio.TimeoutError:
+            outbox.close(pb.CLOSE_REASON_SILENT, f"no heartbeat came for {silent_after:g} s")
+            return
         if request.WhichOneof("message") != "heartbeat":
             raise ValueError("a WorkerSession takes one Hello, then heartbeats")
         heartbeat = codec.heartbeat_from_proto(request.heartbeat)
@@ -89,6 +99,7 @@ async def _record_heartbeats(
         await outbox.put(pb.WorkerSessionResponse(heartbeat_ack=acknowledged))
         for command in reply.commands:
             await outbox.put(_command_message(command))
+        silent_after = heartbeat.silent_after_seconds or DEFAULT_SILENT_AFTER_SECONDS
 
 
 async def _forward_commands(

@@ -14,7 +14,7 @@ from lightningpb.v1 import store_service_pb2 as pb
 from lightningpb.v1 import worker_pb2
 from lightningpb.v1.store_service_pb2_grpc import LightningStoreServiceStub
 
-from lightning.rpc import LightningStoreServer
+from lightning.rpc import LightningStoreServer, worker_sessions
 from lightning.types import Drain
 
 pytestmark = pytest.mark.anyio
@@ -184,3 +184,34 @@ async def test_a_worker_that_reads_nothing_holds_up_only_itself(
         assert (await session.answer()).command.drain.reason == "for you"
         requests.put(None)
         call.cancel()
+
+
+async def test_a_worker_that_falls_silent_is_told_so(session: Session) -> None:
+    session.send(hello=hello())
+    await session.answer()
+    heartbeat = worker_pb2.WorkerHeartbeat(worker_id="w", instance_id="i", silent_after_seconds=0.2)
+    session.send(heartbeat=heartbeat)
+    assert (await session.answer()).WhichOneof("message") == "heartbeat_ack"
+    closing = (await session.answer()).closing
+    assert closing.reason == pb.CLOSE_REASON_SILENT
+    assert closing.message == "no heartbeat came for 0.2 s"
+    assert await session.answer() is None
+
+
+async def test_who_only_listens_is_not_taken_for_silent(
+    session: Session, server: LightningStoreServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_sessions, "DEFAULT_SILENT_AFTER_SECONDS", 0.01)
+    session.send(hello=hello())
+    await session.answer()
+    with grpc.insecure_channel(server.endpoint) as channel:
+        talker = Session(channel)
+        talker.send(hello=hello("v"))
+        await talker.answer()
+        talker.send(heartbeat=worker_pb2.WorkerHeartbeat(worker_id="v", instance_id="i"))
+        assert (await talker.answer()).WhichOneof("message") == "heartbeat_ack"
+        assert (await talker.answer()).closing.reason == pb.CLOSE_REASON_SILENT  # so long has passed
+        talker.finish()
+        talker._reader.join(10)
+    await server.send_command(Drain(), "w")
+    assert (await session.answer()).command.HasField("drain")

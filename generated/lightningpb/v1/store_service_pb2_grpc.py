@@ -419,7 +419,8 @@ class LightningStoreServiceServicer(object):
     def WorkerSession(self, request_iterator, context):
         """Carries heartbeats up and commands down. Called by runners for as long as they run. Opening it is no sign of life yet,
         heartbeats are; a runner may also send those by SendHeartbeat and only listen here. A stream that breaks is opened again; what
-        was cancelled meanwhile is in the answer to the next heartbeat. INVALID_ARGUMENT: the first message was not Hello, or a
+        was cancelled meanwhile is in the answer to the next heartbeat. A session in which a heartbeat has come is closed, as SILENT,
+        when the next does not follow within that heartbeat's silent_after_seconds. INVALID_ARGUMENT: the first message was not Hello, or a
         heartbeat is another worker's. NOT_FOUND: a heartbeat names an attempt that does not exist.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

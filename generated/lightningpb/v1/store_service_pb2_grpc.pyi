@@ -158,7 +158,8 @@ class LightningStoreServiceStub:
     WorkerSession: _grpc.StreamStreamMultiCallable[_store_service_pb2.WorkerSessionRequest, _store_service_pb2.WorkerSessionResponse]
     """Carries heartbeats up and commands down. Called by runners for as long as they run. Opening it is no sign of life yet,
     heartbeats are; a runner may also send those by SendHeartbeat and only listen here. A stream that breaks is opened again; what
-    was cancelled meanwhile is in the answer to the next heartbeat. INVALID_ARGUMENT: the first message was not Hello, or a
+    was cancelled meanwhile is in the answer to the next heartbeat. A session in which a heartbeat has come is closed, as SILENT,
+    when the next does not follow within that heartbeat's silent_after_seconds. INVALID_ARGUMENT: the first message was not Hello, or a
     heartbeat is another worker's. NOT_FOUND: a heartbeat names an attempt that does not exist.
     """
 
@@ -278,7 +279,8 @@ class LightningStoreServiceAsyncStub(LightningStoreServiceStub):
     WorkerSession: _aio.StreamStreamMultiCallable[_store_service_pb2.WorkerSessionRequest, _store_service_pb2.WorkerSessionResponse]  # type: ignore[assignment]
     """Carries heartbeats up and commands down. Called by runners for as long as they run. Opening it is no sign of life yet,
     heartbeats are; a runner may also send those by SendHeartbeat and only listen here. A stream that breaks is opened again; what
-    was cancelled meanwhile is in the answer to the next heartbeat. INVALID_ARGUMENT: the first message was not Hello, or a
+    was cancelled meanwhile is in the answer to the next heartbeat. A session in which a heartbeat has come is closed, as SILENT,
+    when the next does not follow within that heartbeat's silent_after_seconds. INVALID_ARGUMENT: the first message was not Hello, or a
     heartbeat is another worker's. NOT_FOUND: a heartbeat names an attempt that does not exist.
     """
 
@@ -569,7 +571,8 @@ class LightningStoreServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_store_service_pb2.WorkerSessionResponse], _abc.AsyncIterator[_store_service_pb2.WorkerSessionResponse]]:
         """Carries heartbeats up and commands down. Called by runners for as long as they run. Opening it is no sign of life yet,
         heartbeats are; a runner may also send those by SendHeartbeat and only listen here. A stream that breaks is opened again; what
-        was cancelled meanwhile is in the answer to the next heartbeat. INVALID_ARGUMENT: the first message was not Hello, or a
+        was cancelled meanwhile is in the answer to the next heartbeat. A session in which a heartbeat has come is closed, as SILENT,
+        when the next does not follow within that heartbeat's silent_after_seconds. INVALID_ARGUMENT: the first message was not Hello, or a
         heartbeat is another worker's. NOT_FOUND: a heartbeat names an attempt that does not exist.
         """
 
