@@ -7,7 +7,8 @@
 Everything is: a server on SQLite, killed with SIGKILL 50 times while 8 clients stream spans to it, after which nothing
 that was acknowledged may be missing or there twice; 10 minutes of work over connections that are cut several times a
 second, in which everything must happen exactly once; 20,000 malformed and hostile requests, each of which must get a
-clear status while an honest client is served and the server's memory stays flat.
+clear status while an honest client is served and the server's memory stays flat; a task input of 16 MB, a query of 100
+MB of spans, one wait for 10,000 rollouts, and a burst of 4,000 connections.
 Exits with 1 if any of this is not so.
 """
 
@@ -23,12 +24,20 @@ from pathlib import Path
 
 import psutil
 
-from lightning import InMemoryLightningStore, LightningStoreClient, LightningStoreServer
+from lightning import (
+    EnqueueRolloutRequest,
+    InMemoryLightningStore,
+    LightningStoreClient,
+    LightningStoreServer,
+)
+from lightning.testing import make_span
 from lightning.testing.cuts import work_through_cuts
 from lightning.testing.hostile import attack
 from lightning.testing.kills import server_process, stream_through_kills
 
 MOST_GROWTH_BYTES = 64 * 1024 * 1024
+MOST_COPIES = 3
+"""How often a client may hold what it asked for: as it came, and as it is returned."""
 REQUESTS_PER_ROUND = 2000
 
 
@@ -95,17 +104,96 @@ async def prove_hostile(requests: int) -> bool:
     return not unclear and growth < MOST_GROWTH_BYTES
 
 
+async def prove_sizes(connections: int) -> bool:
+    async with server_process("memory") as server:
+        client = LightningStoreClient(server.address)
+        await client.wait_until_ready(60)
+        rights = [await prove(client) for prove in (_large_input, _large_query, _long_wait)]
+        await client.close()
+        rights.append(await _burst(server.address, connections))
+    return all(rights)
+
+
+async def _large_input(client: LightningStoreClient) -> bool:
+    text = "x" * 16 * 1024 * 1024
+    rollout = await client.enqueue_rollout(text)
+    found = await client.get_rollout_by_id(rollout.rollout_id)
+    right = found is not None and found.input == text
+    print(
+        f"sizes: a task input of {len(text) / 1e6:.0f} MB {'came back' if right else 'was LOST'}", flush=True
+    )
+    await client.update_rollout(rollout.rollout_id, status="cancelled")
+    return right
+
+
+async def _large_query(client: LightningStoreClient) -> bool:
+    rollout = await client.start_rollout("large")
+    for number in range(100):
+        await client.deliver_spans(
+            [make_span(rollout, name=str(number), attributes={"text": "x" * 1_000_000})]
+        )
+    memory = psutil.Process()
+    before = memory.memory_info().rss
+    spans = await client.query_spans(rollout.rollout_id)
+    grown = memory.memory_info().rss - before
+    size = sum(len(span.attributes["text"]) for span in spans)
+    print(f"sizes: {size / 1e6:.0f} MB of spans found; the client grew by {grown / 1e6:.0f} MB", flush=True)
+    return size == 100_000_000 and grown < MOST_COPIES * size
+
+
+async def _long_wait(client: LightningStoreClient) -> bool:
+    made = await client.enqueue_many_rollouts([EnqueueRolloutRequest(input=n) for n in range(10_000)])
+    ids = [rollout.rollout_id for rollout in made]
+    waiting = asyncio.ensure_future(client.wait_for_rollouts(rollout_ids=ids))
+
+    async def work(worker_id: str) -> None:
+        while claimed := await client.claim_rollouts(limit=100, worker_id=worker_id, timeout=0):
+            for rollout in claimed:
+                await client.update_attempt(rollout.rollout_id, "latest", status="succeeded")
+
+    await asyncio.gather(*[work(f"w-{n}") for n in range(16)])
+    began = time.monotonic()
+    ended = await waiting
+    late = time.monotonic() - began
+    print(
+        f"sizes: one wait for {len(ids)} rollouts returned {len(ended)}, {late:.2f} s after the last",
+        flush=True,
+    )
+    return [rollout.rollout_id for rollout in ended] == ids
+
+
+async def _burst(address: str, connections: int) -> bool:
+    clients = [LightningStoreClient(address) for _ in range(connections)]
+    began = time.monotonic()
+    answers = await asyncio.gather(*[client.statistics() for client in clients], return_exceptions=True)
+    seconds = time.monotonic() - began
+    failed = Counter(str(answer)[:200] for answer in answers if isinstance(answer, BaseException))
+    served = len(answers) - failed.total()
+    print(
+        f"sizes: {served} of {connections} connections at once were served ({seconds:.1f} s)",
+        *failed.items(),
+        flush=True,
+    )
+    for client in clients:
+        await client.close()
+    return not failed
+
+
 async def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--only", choices=["kills", "cuts", "hostile"], help="one part (default: all)")
+    parser.add_argument(
+        "--only", choices=["kills", "cuts", "hostile", "sizes"], help="one part (default: all)"
+    )
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seconds", type=float, default=600.0, help="of work over cut connections")
     parser.add_argument("--requests", type=int, default=20_000)
+    parser.add_argument("--connections", type=int, default=4000, help="of the burst")
     arguments = parser.parse_args()
     parts = {
         "kills": lambda: prove_kills(arguments.kills),
         "cuts": lambda: prove_cuts(arguments.seconds),
         "hostile": lambda: prove_hostile(arguments.requests),
+        "sizes": lambda: prove_sizes(arguments.connections),
     }
     sound = [await prove() for name, prove in parts.items() if arguments.only in (None, name)]
     return 0 if all(sound) else 1

@@ -42,6 +42,7 @@ PREAMBLE = """
 import asyncio, multiprocessing, os, sys, threading
 from lightning.rpc import LightningStoreClient, LightningStoreServer
 from lightning.store import InMemoryLightningStore
+from lightning.testing import make_span
 
 def wait_for_child(pid):
     _, status = os.waitpid(pid, 0)
@@ -64,9 +65,10 @@ def test_a_forked_child_of_a_serving_process_is_a_client(tmp_path: Path) -> None
                 assert "ro-nobody" in str(error)
             else:
                 raise AssertionError("no error")
+            assert await client.deliver_spans([make_span(claimed, name="from the child")]) == 1
             big = "x" * 3_000_000
             await asyncio.gather(*[client.enqueue_rollout(big) for _ in range(4)])
-            assert (await server.query_rollouts()).total == 6
+            assert (await server.query_rollouts()).total == 7
             assert await client.receive_commands("w", timeout=0) == []
             pending = asyncio.ensure_future(client.receive_commands("w"))
             await client.update_rollout(claimed.rollout_id, status="cancelled")
@@ -86,6 +88,9 @@ def test_a_forked_child_of_a_serving_process_is_a_client(tmp_path: Path) -> None
             client = LightningStoreClient(server.endpoint)
             await client.enqueue_rollout("first")
             await client.enqueue_rollout("second")
+            streaming = await client.start_rollout("streams")
+            assert await client.deliver_spans([make_span(streaming, name="from the parent")]) == 1
+            await client.update_rollout(streaming.rollout_id, status="cancelled")
             return server, client
 
         loop = asyncio.new_event_loop()
@@ -101,7 +106,8 @@ def test_a_forked_child_of_a_serving_process_is_a_client(tmp_path: Path) -> None
         wait_for_child(pid)
 
         async def after():
-            print((await client.statistics())["total_rollouts"], len(threading.enumerate()))
+            statistics = await client.statistics()
+            print(statistics["total_rollouts"], statistics["total_spans"], len(threading.enumerate()))
             await client.close()
             await server.close()
 
@@ -109,7 +115,7 @@ def test_a_forked_child_of_a_serving_process_is_a_client(tmp_path: Path) -> None
         loop.close()
         """,
     )
-    assert out.split()[0] == "6"
+    assert out.split()[:2] == ["7", "2"]
 
 
 def test_a_child_forked_before_grpc_was_used_speaks_it_itself(tmp_path: Path) -> None:
@@ -223,6 +229,31 @@ def test_an_interpreter_ends_with_everything_open(tmp_path: Path) -> None:
         print("end")
         """,
     )
+    assert out.split() == ["end"]
+
+
+def test_an_interpreter_ends_with_an_open_stream_of_spans(tmp_path: Path) -> None:
+    process, address = start_server(tmp_path)
+    try:
+        out = run_script(
+            tmp_path,
+            """
+            async def main():
+                client = LightningStoreClient(sys.argv[1])
+                rollout = await client.start_rollout("streams")
+                assert await client.deliver_spans([make_span(rollout)]) == 1
+                kept.append(asyncio.ensure_future(client.deliver_spans([make_span(rollout)])))
+                kept.append(client)
+
+            kept = []
+            asyncio.run(main())
+            print("end")
+            """,
+            address,
+        )
+    finally:
+        process.kill()
+        process.communicate()
     assert out.split() == ["end"]
 
 
