@@ -142,11 +142,10 @@ class SpanSessions:
             self._forget_oldest()
 
     async def close(self) -> None:
-        """Break off what is being stored, and forget everything."""
-        for session in self._sessions.values():
+        """Break off what is being stored. Streams that are still open leave their sessions later."""
+        for session in list(self._sessions.values()):
             session.cancel()
             await session.settle()
-        self._sessions.clear()
 
     def _forget_oldest(self) -> None:
         too_old = time.monotonic() - self._keep_seconds

@@ -222,6 +222,8 @@ def test_an_interpreter_ends_with_everything_open(tmp_path: Path) -> None:
             for call in (client.claim_rollouts(), client.receive_commands("w", instance_id="i")):
                 kept.append(asyncio.ensure_future(call))
             await client.statistics()
+            streaming = await client.start_rollout("streams")
+            assert await client.deliver_spans([make_span(streaming)]) == 1
             kept.extend((server, client))
 
         kept = []
