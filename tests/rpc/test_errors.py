@@ -21,7 +21,7 @@ from lightning.rpc import (
 )
 from lightning.rpc.errors import DETAIL_METADATA_KEY, from_status, is_connection_failure, to_failure
 from lightning.store.contract import UnknownIdError
-from lightning.store.persistence.abc import SpansEvictedError
+from lightning.store.persistence.abc import BackendFullError, SpansEvictedError
 
 
 def across_the_wire(error: Exception) -> AioRpcError:
@@ -45,6 +45,7 @@ def without_detail(status: StatusCode, message: str = "") -> AioRpcError:
         (StoreUnavailableError, "UNAVAILABLE", "UNAVAILABLE"),
         (StoreDrainingError, "UNAVAILABLE", "DRAINING"),
         (LimitExceededError, "RESOURCE_EXHAUSTED", "LIMIT_EXCEEDED"),
+        (BackendFullError, "RESOURCE_EXHAUSTED", "STORAGE_FULL"),
         (Unauthenticated, "UNAUTHENTICATED", "UNAUTHENTICATED"),
         (PermissionDenied, "PERMISSION_DENIED", "PERMISSION_DENIED"),
         (TimeoutError, "DEADLINE_EXCEEDED", "DEADLINE"),

@@ -30,6 +30,7 @@ from lightning.rpc import (
 from lightning.rpc.service import SERVICE_NAME
 from lightning.rpc.tokens import add_token
 from lightning.store import InMemoryLightningStore, SQLiteLightningStore
+from lightning.store.persistence.abc import BackendFullError
 from lightning.testing import FakeClock
 from lightning.testing.records import make_span
 from lightning.testing.unreliable import UnreliableStore
@@ -253,7 +254,7 @@ async def test_health_follows_the_room_on_the_disk(
     watch = stub.Watch(health_pb2.HealthCheckRequest(service=SERVICE_NAME), timeout=DEADLINE_SECONDS)
     assert (await watch.read()).status == SERVING
     await limit_pages(0)
-    with pytest.raises(RuntimeError, match="no room left"):
+    with pytest.raises(BackendFullError, match="no room left"):
         await client.enqueue_rollout("x" * 100_000)
     assert (await watch.read()).status == NOT_SERVING
     await limit_pages(None)

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1blightningpb/v1/errors.proto\x12\x0elightningpb.v1\"\x87\x02\n\x0b\x45rrorDetail\x12\x33\n\x06reason\x18\x01 \x01(\x0e\x32\x1b.lightningpb.v1.ErrorReasonR\x06reason\x12%\n\x0e\x65xception_type\x18\x02 \x01(\tR\rexceptionType\x12\x18\n\x07message\x18\x03 \x01(\tR\x07message\x12\x45\n\x08metadata\x18\x04 \x03(\x0b\x32).lightningpb.v1.ErrorDetail.MetadataEntryR\x08metadata\x1a;\n\rMetadataEntry\x12\x10\n\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n\x05value\x18\x02 \x01(\tR\x05value:\x02\x38\x01*\xc0\x03\n\x0b\x45rrorReason\x12\x1c\n\x18\x45RROR_REASON_UNSPECIFIED\x10\x00\x12\x1e\n\x1a\x45RROR_REASON_INVALID_VALUE\x10\x01\x12\x1b\n\x17\x45RROR_REASON_WRONG_TYPE\x10\x02\x12\x1b\n\x17\x45RROR_REASON_UNKNOWN_ID\x10\x03\x12\x1e\n\x1a\x45RROR_REASON_SPANS_EVICTED\x10\x04\x12\x1e\n\x1a\x45RROR_REASON_NOT_SUPPORTED\x10\x05\x12\x1c\n\x18\x45RROR_REASON_UNAVAILABLE\x10\x06\x12\x19\n\x15\x45RROR_REASON_DRAINING\x10\x07\x12\x1f\n\x1b\x45RROR_REASON_LIMIT_EXCEEDED\x10\x08\x12 \n\x1c\x45RROR_REASON_UNAUTHENTICATED\x10\t\x12\"\n\x1e\x45RROR_REASON_PERMISSION_DENIED\x10\n\x12\x19\n\x15\x45RROR_REASON_DEADLINE\x10\x0b\x12#\n\x1f\x45RROR_REASON_REVISION_COMPACTED\x10\x0c\x12\x19\n\x15\x45RROR_REASON_INTERNAL\x10\rb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1blightningpb/v1/errors.proto\x12\x0elightningpb.v1\"\x87\x02\n\x0b\x45rrorDetail\x12\x33\n\x06reason\x18\x01 \x01(\x0e\x32\x1b.lightningpb.v1.ErrorReasonR\x06reason\x12%\n\x0e\x65xception_type\x18\x02 \x01(\tR\rexceptionType\x12\x18\n\x07message\x18\x03 \x01(\tR\x07message\x12\x45\n\x08metadata\x18\x04 \x03(\x0b\x32).lightningpb.v1.ErrorDetail.MetadataEntryR\x08metadata\x1a;\n\rMetadataEntry\x12\x10\n\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n\x05value\x18\x02 \x01(\tR\x05value:\x02\x38\x01*\xdf\x03\n\x0b\x45rrorReason\x12\x1c\n\x18\x45RROR_REASON_UNSPECIFIED\x10\x00\x12\x1e\n\x1a\x45RROR_REASON_INVALID_VALUE\x10\x01\x12\x1b\n\x17\x45RROR_REASON_WRONG_TYPE\x10\x02\x12\x1b\n\x17\x45RROR_REASON_UNKNOWN_ID\x10\x03\x12\x1e\n\x1a\x45RROR_REASON_SPANS_EVICTED\x10\x04\x12\x1e\n\x1a\x45RROR_REASON_NOT_SUPPORTED\x10\x05\x12\x1c\n\x18\x45RROR_REASON_UNAVAILABLE\x10\x06\x12\x19\n\x15\x45RROR_REASON_DRAINING\x10\x07\x12\x1f\n\x1b\x45RROR_REASON_LIMIT_EXCEEDED\x10\x08\x12 \n\x1c\x45RROR_REASON_UNAUTHENTICATED\x10\t\x12\"\n\x1e\x45RROR_REASON_PERMISSION_DENIED\x10\n\x12\x19\n\x15\x45RROR_REASON_DEADLINE\x10\x0b\x12#\n\x1f\x45RROR_REASON_REVISION_COMPACTED\x10\x0c\x12\x19\n\x15\x45RROR_REASON_INTERNAL\x10\r\x12\x1d\n\x19\x45RROR_REASON_STORAGE_FULL\x10\x0e\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,7 +34,7 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ERRORDETAIL_METADATAENTRY']._loaded_options = None
   _globals['_ERRORDETAIL_METADATAENTRY']._serialized_options = b'8\001'
   _globals['_ERRORREASON']._serialized_start=314
-  _globals['_ERRORREASON']._serialized_end=762
+  _globals['_ERRORREASON']._serialized_end=793
   _globals['_ERRORDETAIL']._serialized_start=48
   _globals['_ERRORDETAIL']._serialized_end=311
   _globals['_ERRORDETAIL_METADATAENTRY']._serialized_start=252

@@ -57,6 +57,10 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """The revision to resume a watch from is no longer kept: read the present state and watch from there. OUT_OF_RANGE."""
     ERROR_REASON_INTERNAL: _ErrorReason.ValueType  # 13
     """The store raised something else, or the server has a defect. INTERNAL."""
+    ERROR_REASON_STORAGE_FULL: _ErrorReason.ValueType  # 14
+    """There is no room left where the store keeps its records; nothing was changed, and it works again when there is.
+    A RuntimeError in Python. RESOURCE_EXHAUSTED.
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call failed, finer than the status code. The status code of each reason stands with it."""
@@ -89,6 +93,10 @@ ERROR_REASON_REVISION_COMPACTED: ErrorReason.ValueType  # 12
 """The revision to resume a watch from is no longer kept: read the present state and watch from there. OUT_OF_RANGE."""
 ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 13
 """The store raised something else, or the server has a defect. INTERNAL."""
+ERROR_REASON_STORAGE_FULL: ErrorReason.ValueType  # 14
+"""There is no room left where the store keeps its records; nothing was changed, and it works again when there is.
+A RuntimeError in Python. RESOURCE_EXHAUSTED.
+"""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
 
 @_typing.final

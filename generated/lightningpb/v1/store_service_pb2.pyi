@@ -9,8 +9,8 @@ Conventions:
   client repeats unchanged when it retries. The server answers a repeat with the first outcome, so nothing is enqueued, claimed
   or stored twice. An empty request_id is allowed and gives up this protection.
 - Errors: besides the status codes that an RPC names, any call may end with INVALID_ARGUMENT (a malformed field; the message
-  says which), UNAUTHENTICATED, PERMISSION_DENIED, RESOURCE_EXHAUSTED (a limit, named in the message), UNAVAILABLE (the server
-  drains, or its storage is out of reach), DEADLINE_EXCEEDED and INTERNAL. A call that fails has changed nothing, except that
+  says which), UNAUTHENTICATED, PERMISSION_DENIED, RESOURCE_EXHAUSTED (a limit, named in the message, or no room left where
+  records are stored), UNAVAILABLE (the server drains, or its storage is out of reach), DEADLINE_EXCEEDED and INTERNAL. A call that fails has changed nothing, except that
   UNAVAILABLE and DEADLINE_EXCEEDED leave it open: repeat the call with the same request_id to find out. Details are in an
   ErrorDetail, see errors.proto.
 - "latest" stands for the newest attempt wherever an attempt_id is asked for and the field says so.

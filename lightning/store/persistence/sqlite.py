@@ -35,6 +35,7 @@ from lightning.store.persistence.sqlite_file import (
     FileLock,
     LogKeeper,
     check_place,
+    check_room,
     open_reader,
     open_writer,
     snapshot,
@@ -328,6 +329,8 @@ class SQLitePersistence(Persistence):
 
     async def check_writable(self) -> None:
         await self._writer.submit(_write_something)
+        if self._path is not None:
+            check_room(self._path)
 
 
 class _Opened:

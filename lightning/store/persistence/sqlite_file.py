@@ -6,6 +6,7 @@ import fcntl
 import logging
 import os
 import re
+import shutil
 import sqlite3
 import weakref
 from collections.abc import Iterator, Sequence
@@ -31,6 +32,7 @@ _CHECKPOINT_PAGES = 4096
 _KEPT_LOG_BYTES = 32 * 1024 * 1024
 _LONG_LOG_BYTES = 64 * 1024 * 1024
 _LOG_WAIT_SECONDS = 0.5
+_LEAST_ROOM_BYTES = 1024 * 1024
 _BUSY_TIMEOUT_SECONDS = 5.0
 """How long to wait for other programs that look into the file, such as a backup."""
 _CACHED_STATEMENTS = 1024
@@ -139,6 +141,12 @@ def check_place(path: Path) -> None:
             f"{path} is on a network file system ({kind}), where SQLite cannot keep data safe; choose a local disk, "
             "and let other machines reach the store through its server"
         )
+
+
+def check_room(path: Path) -> None:
+    """Raises `BackendFullError` if the disk is so full that one write may find room and the next one not."""
+    if shutil.disk_usage(path.parent).free < _LEAST_ROOM_BYTES:
+        raise _no_room()
 
 
 def file_system_of(path: Path, mounts: Path | None = None) -> str | None:
@@ -315,8 +323,12 @@ def as_backend_error(error: Exception) -> Exception:
     if not isinstance(error, sqlite3.Error):
         return error
     if _is_for_want_of_room(error):
-        return BackendFullError("there is no room left on the disk of the database; nothing was written")
+        return _no_room()
     return BackendError(f"the database failed: {error}")
+
+
+def _no_room() -> BackendFullError:
+    return BackendFullError("there is no room left on the disk of the database; nothing was written")
 
 
 def _is_for_want_of_room(error: Exception) -> bool:
