@@ -151,9 +151,9 @@ async def fill(path: Path, rollouts: int, spans: int) -> None:
     requests = [EnqueueRolloutRequest(input={"text": "x" * 200}) for _ in range(BATCH)]
     for start in range(0, rollouts, BATCH):
         await store.enqueue_many_rollouts(requests[: rollouts - start])
-        for rollout in await store.dequeue_many_rollouts(limit=BATCH):
-            key = (rollout.rollout_id, rollout.attempt.attempt_id)
-            await store.add_many_spans(make_spans(*key, spans // rollouts))
+        claimed = await store.dequeue_many_rollouts(limit=BATCH)
+        keys = [(rollout.rollout_id, rollout.attempt.attempt_id) for rollout in claimed]
+        await asyncio.gather(*(store.add_many_spans(make_spans(*key, spans // rollouts)) for key in keys))
     await store.close()
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
+
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 from plain_store import PlainStore
 
-from lightning.store import InMemoryLightningStore, lifecycle
+from lightning.store import InMemoryLightningStore, SQLiteLightningStore, lifecycle
 from lightning.store.contract import LightningStore
 from lightning.testing.machine import ClientMachine, StoreMachine
 
@@ -29,6 +32,26 @@ class MemoryClientMachine(ClientMachine, MemoryMachine):
     """Through gRPC."""
 
 
+class SQLiteInMemoryMachine(StoreMachine):
+    def make_store(self) -> LightningStore:
+        return SQLiteLightningStore(":memory:", clock=self.clock)
+
+
+class SQLiteFileMachine(StoreMachine):
+    """In a file, which also drops what finished long ago, of which there is none here."""
+
+    def make_store(self) -> LightningStore:
+        folder = tempfile.TemporaryDirectory(prefix="machine-")
+        self.stack.callback(folder.cleanup)  # after the store is closed
+        return SQLiteLightningStore(
+            Path(folder.name) / "store.db", clock=self.clock, durability="normal", retain="52w"
+        )
+
+
+class SQLiteClientMachine(ClientMachine, SQLiteFileMachine):
+    """Through gRPC."""
+
+
 class PlainMachine(StoreMachine):
     for_runners = False
 
@@ -42,6 +65,11 @@ def test_random_histories_on_the_memory_store() -> None:
 
 def test_random_histories_through_the_client() -> None:
     run_state_machine_as_test(MemoryClientMachine, settings=settings(QUICK, max_examples=10))
+
+
+@pytest.mark.parametrize("machine", [SQLiteInMemoryMachine, SQLiteFileMachine, SQLiteClientMachine])
+def test_random_histories_on_sqlite(machine: type[StoreMachine]) -> None:
+    run_state_machine_as_test(machine, settings=settings(QUICK, max_examples=10))
 
 
 def test_random_histories_on_a_foreign_store() -> None:

@@ -45,6 +45,17 @@ class TestSQLiteThroughClient(StoreContractSuite):
         await server.close()
 
 
+class TestSQLiteInMemoryThroughClient(StoreContractSuite):
+    @pytest.fixture
+    async def store(self) -> AsyncIterator[LightningStoreClient]:
+        server = LightningStoreServer(SQLiteLightningStore(":memory:"), port=0)
+        await server.start()
+        client = LightningStoreClient(server.endpoint)
+        yield client
+        await client.close()
+        await server.close()
+
+
 class TestSQLiteWithLaxResources(LaxResourcesContract):
     @pytest.fixture
     async def store(self) -> AsyncIterator[SQLiteLightningStore]:
