@@ -7,9 +7,13 @@ from typing import Annotated
 
 import typer
 
+from lightning.cli.cancel import cancel_rollouts
 from lightning.cli.demo import run_demo
+from lightning.cli.drain import drain_workers
 from lightning.cli.errors import run_reporting
+from lightning.cli.requeue import requeue_rollouts
 from lightning.cli.runner import run_runners
+from lightning.cli.status import show_status
 from lightning.cli.store import serve_store
 from lightning.cli.store_data import back_up_store, export_store, import_store
 from lightning.cli.token import app as token_app
@@ -47,6 +51,8 @@ def lightning(
       [bold]lightning store[/]                         a store server
       [bold]lightning runner agents.py:agent -n 2[/]   two runners of your agent
       [bold]python train.py[/]                         your Trainer, at that store
+
+    And to see how it goes: [bold]lightning status --watch[/]
     """
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
@@ -59,6 +65,10 @@ store_app.command("export")(export_store)
 store_app.command("import")(import_store)
 app.add_typer(store_app, name="store")
 app.command("runner")(run_runners)
+app.command("status")(show_status)
+app.command("cancel")(cancel_rollouts)
+app.command("requeue")(requeue_rollouts)
+app.command("drain")(drain_workers)
 app.command("demo")(run_demo)
 app.add_typer(token_app, name="token")
 

@@ -6,10 +6,11 @@ import asyncio
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lightning.cli.connecting import Server, to_a_server
 from lightning.cli.errors import EXIT_USAGE, CommandError, reporting
 
 if TYPE_CHECKING:
@@ -19,7 +20,9 @@ _PATIENCE_SECONDS = 1.0
 """How long to wait for a server before saying that one waits for it."""
 
 
+@to_a_server
 def run_runners(
+    server: Server,
     agent: Annotated[
         str,
         typer.Argument(
@@ -28,15 +31,6 @@ def run_runners(
             help="The agent: [bold]package.module:name[/] or [bold]folder/file.py:name[/].",
         ),
     ],
-    connect: Annotated[
-        str,
-        typer.Option(
-            "--connect",
-            "-c",
-            metavar="HOST:PORT",
-            help="The store server; grpcs://HOST:PORT by TLS.",
-        ),
-    ] = "127.0.0.1:4747",
     n_runners: Annotated[int, typer.Option("-n", "--n", min=1, help="How many processes.")] = 1,
     concurrency: Annotated[
         int, typer.Option(min=1, help="How many rollouts each process executes at a time.")
@@ -49,36 +43,6 @@ def run_runners(
             help="The workers are called NAME-0, NAME-1, … By default a name that is theirs alone.",
         ),
     ] = None,
-    tls_ca: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="The authorities that the server's certificate must come from (PEM). "
-            "[dim]\\[default: the public ones][/]",
-            show_default=False,
-        ),
-    ] = None,
-    tls_cert: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Our own certificate (PEM), for a server that asks for one.",
-        ),
-    ] = None,
-    tls_key: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Its private key (PEM)."),
-    ] = None,
-    token_file: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Holds the token to show the server; or set [bold]LIGHTNING_TOKEN[/].",
-        ),
-    ] = None,
-    insecure: Annotated[
-        bool, typer.Option("--insecure", help="Send the token to another machine although unencrypted.")
-    ] = False,
     wait: Annotated[
         float | None,
         typer.Option(
@@ -102,20 +66,12 @@ def run_runners(
     """
     from lightning.execution import ClientServerExecutionStrategy
     from lightning.execution.base import WORKER_PREFIX_VARIABLE
-    from lightning.rpc import LightningStoreClient, RemoteStoreError
+    from lightning.rpc import RemoteStoreError
     from lightning.rpc.address import parse_endpoint
     from lightning.training import Trainer
 
-    with reporting(ValueError, exit_code=EXIT_USAGE):
-        endpoint = parse_endpoint(connect)
-        options: dict[str, Any] = {
-            "tls_ca": tls_ca,
-            "tls_cert": tls_cert,
-            "tls_key": tls_key,
-            "token_file": token_file,
-            "allow_insecure": insecure,
-        }
-        client = LightningStoreClient(connect, **options)
+    client = server.client()
+    endpoint = parse_endpoint(server.address)
     sys.path.insert(
         0, str(Path.cwd())
     )  # as `python -m` does, so that modules of the current folder are found
@@ -127,7 +83,7 @@ def run_runners(
             server_host=f"grpcs://{endpoint.host}" if endpoint.secure else endpoint.host,
             server_port=endpoint.port,
             n_runners=n_runners,
-            client_options=options,
+            client_options=dict(server.options),
         )
         trainer = Trainer(agent=agent, strategy=strategy, runner={"concurrency": concurrency})
     asyncio.run(_wait_for_server(client, wait))

@@ -132,6 +132,7 @@ def test_an_agent_module_with_a_fault_names_the_place(tmp_path: Path) -> None:
         (["--help"], ["store", "runner", "lightning runner agents.py:agent -n 2"]),
         (["store", "--help"], ["lightning store --port 4747", "--backend"]),
         (["runner", "-h"], ["lightning runner agents.py:agent", "--connect", "--concurrency"]),
+        (["status", "-h"], ["lightning status --watch", "--connect", "--token-file", "--json"]),
     ],
 )
 def test_help_teaches_with_an_example(arguments: list[str], words: list[str]) -> None:
