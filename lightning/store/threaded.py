@@ -50,7 +50,7 @@ class LoopThread:
         if self.stopped:
             coroutine.close()
             raise RuntimeError("the store's event loop was stopped")
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        return asyncio.run_coroutine_threadsafe(_heeded(coroutine), self._loop)
 
     async def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Run `coroutine` on this loop, awaited from the caller's; cancelling the one cancels the other."""
@@ -79,6 +79,14 @@ class LoopThread:
             self._loop.run_until_complete(self._loop.shutdown_asyncgens())
             self._loop.run_until_complete(self._loop.shutdown_default_executor())
             self._loop.close()
+
+
+async def _heeded(coroutine: Coroutine[Any, Any, T]) -> T:
+    """`coroutine`, whose error does not end up on stderr when whoever called it has cancelled the call meanwhile."""
+    task = asyncio.current_task()
+    assert task is not None
+    task.add_done_callback(lambda task: task.cancelled() or task.exception())
+    return await coroutine
 
 
 def _stop_loop(loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:

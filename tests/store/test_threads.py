@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 from collections.abc import Callable
 
@@ -12,6 +13,7 @@ from plain_store import PlainStore
 from lightning.store import InMemoryLightningStore, LightningStoreThreaded
 from lightning.store.broker import BrokerClosed
 from lightning.store.contract import LightningStore
+from lightning.store.threaded import LoopThread
 from lightning.testing.stress import for_rounds, stress
 from lightning.types import RolloutConfig
 
@@ -118,3 +120,32 @@ def test_a_deadline_is_kept_although_the_loop_that_set_it_is_gone() -> None:
 
     assert asyncio.run(wait()) == ["failed"]
     asyncio.run(store.close())
+
+
+async def _until_cancelled(begun: threading.Event) -> None:
+    try:
+        begun.set()
+        await asyncio.Event().wait()
+    except asyncio.CancelledError:
+        raise RuntimeError("of no interest any more") from None
+
+
+def test_what_a_call_raises_that_its_caller_has_given_up_is_not_complained_about() -> None:
+    complaints: list[object] = []
+    thread, begun = LoopThread("calls"), threading.Event()
+
+    async def watch() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
+
+    async def call() -> None:
+        calling = asyncio.ensure_future(thread.run(_until_cancelled(begun)))
+        await asyncio.to_thread(begun.wait, DEADLINE_SECONDS)
+        calling.cancel()
+        await asyncio.wait({calling})
+        assert calling.cancelled()
+
+    thread.run_blocking(watch())
+    asyncio.run(call())
+    thread.stop()
+    gc.collect()
+    assert complaints == []
