@@ -10,19 +10,27 @@ from typing import Any
 
 from lightning.execution.base import AlgorithmBundle, RunnerBundle
 from lightning.execution.child import ParentLink
+from lightning.execution.commands import CommandedStore
 from lightning.execution.events import ExecutionEvent
 from lightning.store.contract import LightningStore
 from lightning.store.open import open_store
 
 
 async def run_runner(link: ParentLink, runner: RunnerBundle, event: ExecutionEvent) -> None:
-    """Be a runner. Which one, and with what store, the parent says once the store is there."""
+    """Be a runner. Which one, and with what store, the parent says once the store is there; and later what to do."""
     index, pickled_store = await link.receive()
-    store: LightningStore = pickle.loads(pickled_store)
+    store = CommandedStore(pickle.loads(pickled_store))
+    obeying = asyncio.create_task(_pass_on(link, store))
     try:
         await runner(store, index, event)
     finally:
+        obeying.cancel()
         await store.close()
+
+
+async def _pass_on(link: ParentLink, store: CommandedStore) -> None:
+    while True:
+        store.tell(await link.receive())
 
 
 async def run_algorithm(link: ParentLink, algorithm: AlgorithmBundle, event: ExecutionEvent) -> None:

@@ -64,12 +64,9 @@ class RunnerFleet:
         self._store_ready = asyncio.Event()
         self._stopping = asyncio.Event()
         self._living: dict[str, ChildProcess] = {}
+        self._working: set[ChildProcess] = set()
+        """Those that have a store, and take commands."""
         self._keepers: list[asyncio.Task[bool]] = []
-
-    @property
-    def names(self) -> list[str]:
-        """The workers' ids."""
-        return [worker_name(index, self.prefix) for index in range(self._count)]
 
     def launch(self) -> None:
         """Start the processes, which load what they need meanwhile."""
@@ -107,13 +104,16 @@ class RunnerFleet:
             self._job.event.set()
         useful = self._store_ready.is_set() and self._host.alive
         command = Drain(reason="the runners are shut down") if drain else Stop(reason="the job is over")
-        names = None if self._host.exclusive else self.names
-        tell = (
-            asyncio.create_task(self._host.tell_runners(command, names)) if useful and self._living else None
+        for child in self._working:
+            child.send(command)
+        others = (  # that somebody else has connected to this job's own store
+            asyncio.create_task(self._host.tell_runners(command))
+            if self._host.exclusive and useful and self._living
+            else None
         )
         await stop_children(self._job, list(self._living.values()), wait_first=useful)
-        if tell is not None:
-            tell.cancel()
+        if others is not None:
+            others.cancel()
         if self._keepers:
             await asyncio.wait(self._keepers)
 
@@ -134,6 +134,7 @@ class RunnerFleet:
             await self._let_work(child, index, again=bool(crashes))
             await asyncio.wait({child.exited})
             del self._living[name]
+            self._working.discard(child)
             if self._stopping.is_set():
                 await self._check_end(child)
                 return True
@@ -162,6 +163,7 @@ class RunnerFleet:
             child.signal(signal.SIGTERM)
         else:
             child.send((index, self._pickled_store))
+            self._working.add(child)
 
     async def _ready(self, child: ChildProcess) -> None:
         await asyncio.wait({child.loaded})

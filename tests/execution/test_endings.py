@@ -12,7 +12,11 @@ from typing import TYPE_CHECKING
 import psutil
 import pytest
 
+from lightning.rpc.tokens import add_token
+
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from tests.execution.conftest import Program, ProgramStart
 
 PROGRAM = """
@@ -296,3 +300,58 @@ def test_the_parent_of_runners_is_killed(program: ProgramStart, free_port: int) 
     runners.assert_ends(-signal.SIGKILL)
     algorithm.process.terminate()
     algorithm.assert_ends(128 + signal.SIGTERM)
+
+
+IDLE_SERVER = """
+    import asyncio, sys
+
+    import lightning
+
+
+    async def main():
+        server = lightning.LightningStoreServer(lightning.InMemoryLightningStore(), port=int(sys.argv[1]))
+        await server.start()
+        while not await server.query_workers():
+            await asyncio.sleep(0.02)
+        print("a runner is there")
+        await asyncio.Event().wait()
+
+
+    asyncio.run(main())
+"""
+
+
+def test_runners_drain_with_a_token_that_may_only_work(
+    program: ProgramStart, free_port: int, tmp_path: Path
+) -> None:
+    """They are told by their parent, not through the store, where only an algorithm may command workers."""
+    tokens = tmp_path / "tokens.json"
+    token, _ = add_token(tokens, "runner", None, None)
+    algorithm = Job(
+        program, free_port, role="algorithm", behaviour="long pause", server_options={"tokens": str(tokens)}
+    )
+    runners = Job(
+        program,
+        None,
+        role="runner",
+        server_port=free_port,
+        client_options={"token": token},
+        graceful_timeout=1000,  # nothing but being told ends them
+    )
+    runners.line("agent begins")
+    runners.process.terminate()
+    assert algorithm.line("rollout") == "succeeded 1"
+    runners.assert_ends(128 + signal.SIGTERM)
+    algorithm.assert_ends(0)
+    assert "may not" not in runners.program.stderr
+
+
+def test_runners_drain_while_the_server_is_away(program: ProgramStart, free_port: int) -> None:
+    server = program(IDLE_SERVER, str(free_port))
+    runners = Job(program, None, role="runner", server_port=free_port, graceful_timeout=1000)
+    server.line("a runner is there")
+    server.process.kill()
+    server.process.wait()
+    runners.process.terminate()
+    runners.assert_ends(128 + signal.SIGTERM)
+    assert "runner ends in order" in runners.program.rest()
