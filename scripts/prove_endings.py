@@ -273,6 +273,11 @@ class Ending:
     leaves: tuple[str, ...] = ()
     """The statuses that the rollout may have in the store in the end; empty: any."""
 
+    @property
+    def at_first(self) -> bool:
+        """Whether it strikes the algorithm's program, and what is left are the runners."""
+        return self.act in (kill_server, ctrl_c_twice)
+
 
 PROCESSES = ("cs", "cs, runner in main", "roles apart")
 OWN_RUNNERS = ("cs", "roles apart")
@@ -287,7 +292,9 @@ ENDINGS = {
     "agent raises": Ending("agent raises", nothing, (0,), leaves=("failed",)),
     "agent hangs in a C call": Ending("agent hangs", nothing, (0,), leaves=("failed",)),
     "Ctrl-C once": Ending("waits", ctrl_c, INTERRUPTED, words="KeyboardInterrupt"),
-    "Ctrl-C twice": Ending("stubborn", ctrl_c_twice, INTERRUPTED, begins="algorithm blocks"),
+    "Ctrl-C twice": Ending(
+        "stubborn", ctrl_c_twice, INTERRUPTED, (0, *TERMINATED), begins="algorithm blocks", terminate_rest=True
+    ),
     "SIGTERM": Ending("waits", sigterm, TERMINATED),
     "kill -9 of the parent": Ending("waits", kill_parent, KILLED, KILLED, terminate_rest=True),
     "kill -9 of a runner": Ending(
@@ -333,11 +340,14 @@ def _prove(run: Run, ending: Ending) -> float:
 
 def _terminate_rest(run: Run, ending: Ending) -> None:
     """End the program that is not concerned, once the other has ended."""
-    concerned, rest = (run.first, run.last) if ending.act is kill_server else (run.last, run.first)
+    concerned, rest = (run.first, run.last) if ending.at_first else (run.last, run.first)
     until(lambda: concerned.process.poll() is not None, "to an end", END_LIMIT_SECONDS)
     time.sleep(FORBEARANCE_SECONDS)
-    if rest.process.poll() is not None:
-        raise CellError(f"the other program ended too, with {rest.process.poll()}: {rest.stderr[-400:]}")
+    code = rest.process.poll()
+    if code == 0 and ending.act is ctrl_c_twice:  # there was time to tell it
+        return
+    if code is not None:
+        raise CellError(f"the other program ended too, with {code}: {rest.stderr[-400:]}")
     rest.process.terminate()
 
 
@@ -345,7 +355,7 @@ def _check_said(run: Run, ending: Ending) -> None:
     expected = [ending.codes]
     if len(run.programs) > 1:
         expected.append(ending.apart)
-        if ending.terminate_rest and ending.act is not kill_server:
+        if ending.terminate_rest and not ending.at_first:
             expected[0] = TERMINATED
     stderr = "\n".join(program.stderr for program in run.programs)
     for program, codes in zip(run.programs, expected, strict=True):

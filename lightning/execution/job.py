@@ -220,7 +220,10 @@ class Job:
             await self.unless_failed(self.pause(ended, self.graceful_timeout))
         finally:
             await self._end(run, ended)
-        if run.error is not None:
+        if self._interrupted and isinstance(run.error, KeyboardInterrupt):
+            # by `_end` alone: the user's Ctrl-C is the job's failure already
+            logger.warning("a bundle did not end when it was told to, and was interrupted")
+        elif run.error is not None:
             self.fail(run.error)
             raise JobEnded
 

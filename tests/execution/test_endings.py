@@ -42,7 +42,10 @@ PROGRAM = """
                 raise
 
         async def run(self, store):
-            config = lightning.RolloutConfig(max_attempts=2, retry_condition=["unresponsive"])
+            limit = 1.0 if behaviour == "block" else None
+            config = lightning.RolloutConfig(
+                max_attempts=2, retry_condition=["unresponsive"], timeout_seconds=limit
+            )
             rollout = await store.enqueue_rollout(input=behaviour, config=config)
             if behaviour == "stuck":
                 signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # it would end the sleep
@@ -81,6 +84,8 @@ PROGRAM = """
                 libc = ctypes.PyDLL(None)
                 signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
                 libc.sleep(1000)
+            elif task == "block":
+                time.sleep(1000)
             elif task == "stubborn":
                 for number in (signal.SIGINT, signal.SIGTERM):
                     signal.signal(number, signal.SIG_IGN)
@@ -204,6 +209,16 @@ def test_an_agent_that_hangs_does_not_keep_the_job(program: ProgramStart, free_p
     job.line("agent begins")
     job.program.signal_group(signal.SIGINT)
     job.assert_ends(-signal.SIGINT)
+
+
+@pytest.mark.parametrize("main_process", ["algorithm", "runner"])
+def test_an_agent_that_blocks_does_not_spoil_the_end(program: ProgramStart, main_process: str) -> None:
+    job = Job(
+        program, behaviour="block", main_process=main_process, graceful_timeout=0.3, terminate_timeout=0.3
+    )
+    assert job.line("rollout") == "failed 1"
+    assert job.line("done") == ""
+    job.assert_ends(0)
 
 
 @pytest.mark.parametrize("behaviour", ["slow", "hang"])
