@@ -1,9 +1,9 @@
 // A runner: claims rollouts, runs the agent on them, reports what came of it, until it is told to end.
 
 import { randomUUID } from 'node:crypto';
-import grpc from '@grpc/grpc-js';
 import { WorkerSession } from './session.mjs';
 import { Tracer } from './spans.mjs';
+import { isWorthAnotherTry } from './store.mjs';
 
 const WAIT_SECONDS = 2; // the server answers as soon as there is work; this is how long an idle runner takes to drain
 
@@ -68,7 +68,7 @@ export class Runner {
     try {
       return (await this.store.call('DequeueRollouts', request, { waitMs: WAIT_SECONDS * 1000 })).rollouts;
     } catch (error) {
-      if (error.code !== grpc.status.UNAVAILABLE) throw error;
+      if (!isWorthAnotherTry(error)) throw error;
       this.log(`the server stays away: ${error.details}`); // `call` has waited; go on asking
       return [];
     }
@@ -80,18 +80,22 @@ export class Runner {
     const interrupt = new AbortController();
     this.running.set(attempt_id, { ...attempt, interrupt });
     this.log(`begin: ${attempt_id}`);
+    const status = await this.runAgent(rollout, attempt, interrupt.signal);
+    this.running.delete(attempt_id);
+    // the store has closed an attempt that was interrupted: there is nothing to report
+    if (interrupt.signal.aborted) this.log(`interrupted: ${attempt_id}`);
+    else await this.report(attempt, status);
+  }
+
+  async runAgent(rollout, attempt, signal) {
     try {
       const tracer = new Tracer(this.store, attempt);
-      const tools = { tracer, resources: await this.resourcesOf(rollout), signal: interrupt.signal };
+      const tools = { tracer, resources: await this.resourcesOf(rollout), signal };
       await tracer.reward(await this.agent(JSON.parse(rollout.input_json), tools));
-      await this.report(attempt, 'ATTEMPT_STATUS_SUCCEEDED');
+      return 'ATTEMPT_STATUS_SUCCEEDED';
     } catch (error) {
-      if (!interrupt.signal.aborted) {
-        this.log(`failed: ${attempt_id}: ${error}`);
-        await this.report(attempt, 'ATTEMPT_STATUS_FAILED');
-      } else this.log(`interrupted: ${attempt_id}`);
-    } finally {
-      this.running.delete(attempt_id);
+      if (!signal.aborted) this.log(`failed: ${attempt.attempt_id}: ${error}`);
+      return 'ATTEMPT_STATUS_FAILED';
     }
   }
 

@@ -8,7 +8,11 @@ import protoLoader from '@grpc/proto-loader';
 const PROTOS = fileURLToPath(new URL('../../protos', import.meta.url));
 const RETRY_DELAYS_MS = [100, 1000, 2000, 5000];
 const DEADLINE_MS = 10_000;
-const WORTH_ANOTHER_TRY = new Set([grpc.status.UNAVAILABLE, grpc.status.DEADLINE_EXCEEDED]);
+
+/** Whether a call did not get through, or its answer was lost. */
+export function isWorthAnotherTry({ code }) {
+  return code === grpc.status.UNAVAILABLE || code === grpc.status.DEADLINE_EXCEEDED;
+}
 
 function loadService() {
   const definition = protoLoader.loadSync('lightningpb/v1/store_service.proto', {
@@ -57,7 +61,7 @@ export class Store {
         return await this.callOnce(method, repeatable, DEADLINE_MS + waitMs);
       } catch (error) {
         const delay = RETRY_DELAYS_MS[tries];
-        if (delay === undefined || !WORTH_ANOTHER_TRY.has(error.code)) throw error;
+        if (delay === undefined || !isWorthAnotherTry(error)) throw error;
         await new Promise((resolve) => setTimeout(resolve, delay));
       }
     }

@@ -159,6 +159,31 @@ async def test_an_idle_one_drains_when_told_by_the_server(
     assert "drained" in await said_by(program)
 
 
+async def test_a_claim_whose_answer_is_lost_is_asked_for_again(
+    runner: list[str], start: StartProgram, server: LightningStoreServer
+) -> None:
+    proxy = TcpProxy(server.port)
+    await start(*runner, await proxy.start(), "w-1")
+
+    async def asks_for_work() -> bool:
+        return await server.get_worker_by_id("w-1") is not None
+
+    await until(asks_for_work)
+    proxy.swallows_answers = True
+    rollout = await server.enqueue_rollout({"n": 3})
+
+    async def is_claimed() -> bool:
+        return await server.get_latest_attempt(rollout.rollout_id) is not None
+
+    await until(is_claimed)
+    proxy.cut()
+    proxy.swallows_answers = False
+    (done,) = await server.wait_for_rollouts(rollout_ids=[rollout.rollout_id], timeout=DEADLINE_SECONDS)
+    assert done.status == "succeeded"
+    assert (await server.query_attempts(rollout.rollout_id)).total == 1
+    await proxy.close()
+
+
 async def test_broken_connections_cost_nothing_and_double_nothing(
     runner: list[str], start: StartProgram, server: LightningStoreServer
 ) -> None:
