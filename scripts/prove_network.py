@@ -81,9 +81,10 @@ async def prove_hostile(requests: int) -> bool:
     unclear: list[str] = []
     served, slowest, seed, memory = 0, 0.0, 0, []
     async with server_process("memory") as server:
-        client = LightningStoreClient(server.address)
+        client = LightningStoreClient(
+            server.address
+        )  # stays, and with it the event loop that all of them share
         await client.wait_until_ready(60)
-        await client.close()
         while statuses.total() < requests:
             attacked = await attack(server.address, requests=min(REQUESTS_PER_ROUND, requests), seed=seed)
             seed += 1
@@ -92,6 +93,7 @@ async def prove_hostile(requests: int) -> bool:
             served += attacked.served
             slowest = max(slowest, attacked.slowest_seconds)
             memory.append(psutil.Process(server.pid).memory_info().rss)
+        await client.close()
     growth = memory[-1] - memory[0]
     print(
         f"hostile: {statuses.total()} requests, {dict(statuses.most_common())}, {len(unclear)} unclear; beside them "
