@@ -31,6 +31,7 @@ _STATISTICS_FIELDS = {
     "uptime": "uptime_seconds",
     "total_span_bytes": "total_span_bytes",
     "evicted_spans": "evicted_spans",
+    "dropped_rollouts": "dropped_rollouts",
     "eviction_threshold_bytes": "eviction_threshold_bytes",
     "safe_threshold_bytes": "safe_threshold_bytes",
     "memory_capacity_bytes": "memory_capacity_bytes",

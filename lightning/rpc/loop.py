@@ -3,6 +3,10 @@
 grpc.aio has one queue of events per process. With several event loops on it they all wake up for each event, all but
 one in vain, and each of those logs an error. So every client and server of a process shares one loop in a thread of
 its own, and callers on other loops hand their calls over to it. The thread lives from the first share to the last.
+
+gRPC and `fork` do not mix: a child of a process that has spoken gRPC cannot, and asks by way of
+`lightning.rpc.relay`. The core's own handlers of `fork` are therefore switched off, unless the user has set
+`GRPC_ENABLE_FORK_SUPPORT`: they cannot help such a child, and where a stream is open they kill it at times (SIGSEGV).
 """
 
 from __future__ import annotations
@@ -14,6 +18,8 @@ from lightning.store.threaded import LoopThread
 
 _THREAD_NAME = "lightning-grpc"
 
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # read by the core when it is first used
+
 
 class _Shared:
     def __init__(self, unusable: bool = False) -> None:
@@ -21,11 +27,12 @@ class _Shared:
         self.connecting = threading.Lock()
         self.thread: LoopThread | None = None
         self.shares = 0
+        self.used = False
         self.unusable = unusable
 
     def after_fork(self) -> None:
         """Start afresh in a forked child: the parent's thread is not here, and its locks may be held for ever."""
-        self.__init__(self.unusable or self.shares > 0)  # type: ignore[misc]
+        self.__init__(self.unusable or self.used)  # type: ignore[misc]
 
 
 _shared = _Shared()
@@ -33,8 +40,8 @@ os.register_at_fork(after_in_child=_shared.after_fork)
 
 
 def is_dead() -> bool:
-    """Whether this process was forked from one that was speaking gRPC at that moment. The core's threads did not come
-    along, and nothing that is asked of it ever ends; see `lightning.rpc.relay`."""
+    """Whether this process was forked from one that had spoken gRPC. The core's threads did not come along, and nothing
+    that is asked of it ever ends; see `lightning.rpc.relay`."""
     return _shared.unusable
 
 
@@ -49,6 +56,7 @@ def acquire() -> LoopThread:
         if _shared.thread is None or _shared.thread.stopped:
             _shared.thread = LoopThread(_THREAD_NAME)
         _shared.shares += 1
+        _shared.used = True
         return _shared.thread
 
 

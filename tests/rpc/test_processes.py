@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from lightning.rpc import LightningStoreClient, LightningStoreServer
+from lightning.store import InMemoryLightningStore
 
 pytestmark = pytest.mark.anyio
 
@@ -116,6 +117,39 @@ def test_a_forked_child_of_a_serving_process_is_a_client(tmp_path: Path) -> None
         """,
     )
     assert out.split()[:2] == ["7", "2"]
+
+
+async def test_a_child_forked_after_grpc_was_used_is_a_client(tmp_path: Path) -> None:
+    """Nothing of gRPC is in use any more, but its core has had threads, which do not come along."""
+    server = LightningStoreServer(InMemoryLightningStore(), port=0)
+    await server.start()
+    try:
+        out = await asyncio.to_thread(
+            run_script,
+            tmp_path,
+            """
+            async def ask():
+                client = LightningStoreClient(sys.argv[1])
+                print((await client.enqueue_rollout("task")).status, flush=True)
+                await client.close()
+
+            asyncio.run(ask())
+            pid = os.fork()
+            if pid == 0:
+                try:
+                    asyncio.run(ask())
+                    os._exit(0)
+                finally:
+                    os._exit(1)
+            wait_for_child(pid)
+            asyncio.run(ask())
+            """,
+            server.endpoint,
+        )
+        assert out.split() == ["queuing"] * 3
+        assert (await server.query_rollouts()).total == 3
+    finally:
+        await server.close()
 
 
 def test_a_child_forked_before_grpc_was_used_speaks_it_itself(tmp_path: Path) -> None:

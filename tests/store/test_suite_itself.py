@@ -138,5 +138,12 @@ async def test_alarms_of_closed_event_loops_are_dropped() -> None:
 
 
 def test_the_contract_is_all_abstract_but_for_runners_and_health() -> None:
-    own = {"check_writable", "claim_rollouts", "send_heartbeat", "receive_commands", "send_command"}
+    own = {
+        "check_writable",
+        "claim_rollouts",
+        "deliver_spans",
+        "send_heartbeat",
+        "receive_commands",
+        "send_command",
+    }
     assert set(VERBS) - LightningStore.__abstractmethods__ == own

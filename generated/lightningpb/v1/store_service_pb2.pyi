@@ -1478,6 +1478,7 @@ class GetStatisticsResponse(_message.Message):
     ATTEMPTS_BY_STATUS_FIELD_NUMBER: _builtins.int
     OLDEST_QUEUED_AGE_SECONDS_FIELD_NUMBER: _builtins.int
     EXPIRED_ATTEMPTS_FIELD_NUMBER: _builtins.int
+    DROPPED_ROLLOUTS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """The class of the store behind the server."""
     total_rollouts: _builtins.int
@@ -1508,6 +1509,8 @@ class GetStatisticsResponse(_message.Message):
     """For how many seconds the rollout at the head of the queue has been waiting: since it was created, or its last attempt ended.
     Absent while the queue is empty.
     """
+    dropped_rollouts: _builtins.int
+    """How many finished rollouts were dropped to save room, over the life of the store."""
     @_builtins.property
     def rollouts_by_status(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
         """How many rollouts are in each status, by the status's name in lower case, such as "queuing"."""
@@ -1540,11 +1543,14 @@ class GetStatisticsResponse(_message.Message):
         attempts_by_status: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         oldest_queued_age_seconds: _builtins.float | None = ...,
         expired_attempts: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        dropped_rollouts: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_evicted_spans", b"_evicted_spans", "_eviction_threshold_bytes", b"_eviction_threshold_bytes", "_extra_json", b"_extra_json", "_memory_capacity_bytes", b"_memory_capacity_bytes", "_oldest_queued_age_seconds", b"_oldest_queued_age_seconds", "_safe_threshold_bytes", b"_safe_threshold_bytes", "_total_attempts", b"_total_attempts", "_total_resources", b"_total_resources", "_total_rollouts", b"_total_rollouts", "_total_span_bytes", b"_total_span_bytes", "_total_spans", b"_total_spans", "_total_workers", b"_total_workers", "_uptime_seconds", b"_uptime_seconds", "evicted_spans", b"evicted_spans", "eviction_threshold_bytes", b"eviction_threshold_bytes", "extra_json", b"extra_json", "memory_capacity_bytes", b"memory_capacity_bytes", "oldest_queued_age_seconds", b"oldest_queued_age_seconds", "safe_threshold_bytes", b"safe_threshold_bytes", "total_attempts", b"total_attempts", "total_resources", b"total_resources", "total_rollouts", b"total_rollouts", "total_span_bytes", b"total_span_bytes", "total_spans", b"total_spans", "total_workers", b"total_workers", "uptime_seconds", b"uptime_seconds"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_dropped_rollouts", b"_dropped_rollouts", "_evicted_spans", b"_evicted_spans", "_eviction_threshold_bytes", b"_eviction_threshold_bytes", "_extra_json", b"_extra_json", "_memory_capacity_bytes", b"_memory_capacity_bytes", "_oldest_queued_age_seconds", b"_oldest_queued_age_seconds", "_safe_threshold_bytes", b"_safe_threshold_bytes", "_total_attempts", b"_total_attempts", "_total_resources", b"_total_resources", "_total_rollouts", b"_total_rollouts", "_total_span_bytes", b"_total_span_bytes", "_total_spans", b"_total_spans", "_total_workers", b"_total_workers", "_uptime_seconds", b"_uptime_seconds", "dropped_rollouts", b"dropped_rollouts", "evicted_spans", b"evicted_spans", "eviction_threshold_bytes", b"eviction_threshold_bytes", "extra_json", b"extra_json", "memory_capacity_bytes", b"memory_capacity_bytes", "oldest_queued_age_seconds", b"oldest_queued_age_seconds", "safe_threshold_bytes", b"safe_threshold_bytes", "total_attempts", b"total_attempts", "total_resources", b"total_resources", "total_rollouts", b"total_rollouts", "total_span_bytes", b"total_span_bytes", "total_spans", b"total_spans", "total_workers", b"total_workers", "uptime_seconds", b"uptime_seconds"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_evicted_spans", b"_evicted_spans", "_eviction_threshold_bytes", b"_eviction_threshold_bytes", "_extra_json", b"_extra_json", "_memory_capacity_bytes", b"_memory_capacity_bytes", "_oldest_queued_age_seconds", b"_oldest_queued_age_seconds", "_safe_threshold_bytes", b"_safe_threshold_bytes", "_total_attempts", b"_total_attempts", "_total_resources", b"_total_resources", "_total_rollouts", b"_total_rollouts", "_total_span_bytes", b"_total_span_bytes", "_total_spans", b"_total_spans", "_total_workers", b"_total_workers", "_uptime_seconds", b"_uptime_seconds", "attempts_by_status", b"attempts_by_status", "evicted_spans", b"evicted_spans", "eviction_threshold_bytes", b"eviction_threshold_bytes", "expired_attempts", b"expired_attempts", "extra_json", b"extra_json", "memory_capacity_bytes", b"memory_capacity_bytes", "name", b"name", "oldest_queued_age_seconds", b"oldest_queued_age_seconds", "rollouts_by_status", b"rollouts_by_status", "safe_threshold_bytes", b"safe_threshold_bytes", "total_attempts", b"total_attempts", "total_resources", b"total_resources", "total_rollouts", b"total_rollouts", "total_span_bytes", b"total_span_bytes", "total_spans", b"total_spans", "total_workers", b"total_workers", "uptime_seconds", b"uptime_seconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_dropped_rollouts", b"_dropped_rollouts", "_evicted_spans", b"_evicted_spans", "_eviction_threshold_bytes", b"_eviction_threshold_bytes", "_extra_json", b"_extra_json", "_memory_capacity_bytes", b"_memory_capacity_bytes", "_oldest_queued_age_seconds", b"_oldest_queued_age_seconds", "_safe_threshold_bytes", b"_safe_threshold_bytes", "_total_attempts", b"_total_attempts", "_total_resources", b"_total_resources", "_total_rollouts", b"_total_rollouts", "_total_span_bytes", b"_total_span_bytes", "_total_spans", b"_total_spans", "_total_workers", b"_total_workers", "_uptime_seconds", b"_uptime_seconds", "attempts_by_status", b"attempts_by_status", "dropped_rollouts", b"dropped_rollouts", "evicted_spans", b"evicted_spans", "eviction_threshold_bytes", b"eviction_threshold_bytes", "expired_attempts", b"expired_attempts", "extra_json", b"extra_json", "memory_capacity_bytes", b"memory_capacity_bytes", "name", b"name", "oldest_queued_age_seconds", b"oldest_queued_age_seconds", "rollouts_by_status", b"rollouts_by_status", "safe_threshold_bytes", b"safe_threshold_bytes", "total_attempts", b"total_attempts", "total_resources", b"total_resources", "total_rollouts", b"total_rollouts", "total_span_bytes", b"total_span_bytes", "total_spans", b"total_spans", "total_workers", b"total_workers", "uptime_seconds", b"uptime_seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__dropped_rollouts: _TypeAlias = _typing.Literal["dropped_rollouts"]  # noqa: Y015
+    _WhichOneofArgType__dropped_rollouts: _TypeAlias = _typing.Literal["_dropped_rollouts", b"_dropped_rollouts"]  # noqa: Y015
     _WhichOneofReturnType__evicted_spans: _TypeAlias = _typing.Literal["evicted_spans"]  # noqa: Y015
     _WhichOneofArgType__evicted_spans: _TypeAlias = _typing.Literal["_evicted_spans", b"_evicted_spans"]  # noqa: Y015
     _WhichOneofReturnType__eviction_threshold_bytes: _TypeAlias = _typing.Literal["eviction_threshold_bytes"]  # noqa: Y015
@@ -1571,6 +1577,8 @@ class GetStatisticsResponse(_message.Message):
     _WhichOneofArgType__total_workers: _TypeAlias = _typing.Literal["_total_workers", b"_total_workers"]  # noqa: Y015
     _WhichOneofReturnType__uptime_seconds: _TypeAlias = _typing.Literal["uptime_seconds"]  # noqa: Y015
     _WhichOneofArgType__uptime_seconds: _TypeAlias = _typing.Literal["_uptime_seconds", b"_uptime_seconds"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__dropped_rollouts) -> _WhichOneofReturnType__dropped_rollouts | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__evicted_spans) -> _WhichOneofReturnType__evicted_spans | None: ...
     @_typing.overload
