@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         InMemoryLightningStore,
         LightningStore,
         LightningStoreThreaded,
+        MongoLightningStore,
         SQLiteLightningStore,
     )
     from lightning.tracing import OtelTracer, emit_reward, find_final_reward
@@ -74,6 +75,7 @@ __all__ = [
     "LightningStoreServer",
     "LightningStoreThreaded",
     "Link",
+    "MongoLightningStore",
     "MultiprocessingEvent",
     "NamedResources",
     "OtelResource",
@@ -117,6 +119,7 @@ _HOMES = {
         "InMemoryLightningStore",
         "LightningStore",
         "LightningStoreThreaded",
+        "MongoLightningStore",
         "SQLiteLightningStore",
     ),
     "tracing": ("OtelTracer", "emit_reward", "find_final_reward"),

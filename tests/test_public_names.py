@@ -37,6 +37,7 @@ CONTRACT_NAMES = [
     "InMemoryLightningStore",
     "LightningStoreThreaded",
     "SQLiteLightningStore",
+    "MongoLightningStore",
     "LightningStoreServer",
     "LightningStoreClient",
     "ExecutionStrategy",

@@ -26,7 +26,7 @@ def serve_store(
         typer.Option(
             metavar="BACKEND",
             help="What keeps the data: [bold]sqlite:PATH[/], a file; [bold]sqlite[/], the file in your data folder; "
-            "[bold]memory[/], until the server ends.",
+            "[bold]mongodb://HOSTS/DATABASE[/]; [bold]memory[/], until the server ends.",
         ),
     ] = "sqlite",
     durability: Annotated[
@@ -137,7 +137,7 @@ def serve_store(
     }
     if access_log:
         _show_access_log()
-    with reporting(ValueError, exit_code=EXIT_USAGE):
+    with reporting(ValueError, ImportError, exit_code=EXIT_USAGE):
         server = LightningStoreServer(
             open_store(backend, durability=durability, retain=retain or None),
             host,
@@ -189,8 +189,7 @@ async def _serve(server: LightningStoreServer, backend: str, host: str, grace: f
     finally:
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.remove_signal_handler(number)  # asked again, it ends at once
-        await server.stop(grace, "the server was told to end")
-        await server.close()
+        await server.close(grace, "the server was told to end")
 
 
 def _welcome(server: LightningStoreServer, backend: str, host: str) -> str:

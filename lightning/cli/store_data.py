@@ -105,7 +105,6 @@ def import_store(
 
     with reporting(ValueError, exit_code=EXIT_USAGE):
         path = sqlite_path(backend)
-        backend = full_url(backend)
     with reporting(OSError, ImportError, BackendError, ValueError):
         if path is None:
             count = asyncio.run(_import(source, backend))
@@ -113,7 +112,7 @@ def import_store(
             path.parent.mkdir(parents=True, exist_ok=True)
             with new_file(path) as place:
                 count = asyncio.run(_import(source, f"sqlite:{place}", durability="normal"))
-    typer.echo(f"{count} records imported into {backend}", err=True)
+    typer.echo(f"{count} records imported into {full_url(backend)}", err=True)
 
 
 async def _export(backend: str, file: BinaryIO) -> int:

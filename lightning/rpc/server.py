@@ -203,11 +203,19 @@ class LightningStoreServer(ForwardingStore):
         finally:
             await self.stop()
 
-    async def close(self) -> None:
-        """In the process that made it: stop, and close the store. Elsewhere: close the connection."""
-        if self._is_owner:
-            await self.stop()
+    async def close(
+        self, grace: float = DEFAULT_GRACE_SECONDS, reason: str = "the server was stopped"
+    ) -> None:
+        """In the process that made it: `stop`, and close the store. Elsewhere: close the connection."""
+        if self._is_owner and self._running is None:
             await self._store.close()
+        elif self._is_owner:
+            thread = loop.acquire()  # where it served, the store may have connections: it is closed there
+            try:
+                await self.stop(grace, reason)
+                await thread.run(self._store.close())
+            finally:
+                loop.release()
         elif self._client is not None:
             await self._client.close()
 

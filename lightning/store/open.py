@@ -10,6 +10,7 @@ from typing import Any
 
 from lightning.store.backends import InMemoryLightningStore, SQLiteLightningStore
 from lightning.store.contract import LightningStore
+from lightning.store.mongo import open_mongo, without_password
 from lightning.store.persistence.sqlite import IN_MEMORY
 
 
@@ -32,6 +33,14 @@ def _open_sqlite(rest: str, **options: Any) -> LightningStore:
     return SQLiteLightningStore(default_path(), **options)
 
 
+def _open_mongodb(rest: str, **options: Any) -> LightningStore:
+    return open_mongo(f"mongodb:{rest}", **options)
+
+
+def _open_mongodb_srv(rest: str, **options: Any) -> LightningStore:
+    return open_mongo(f"mongodb+srv:{rest}", **options)
+
+
 @dataclass(frozen=True)
 class _Backend:
     form: str
@@ -45,13 +54,15 @@ class _Backend:
 _BACKENDS: Mapping[str, _Backend] = {
     "memory": _Backend("memory", _open_memory),
     "sqlite": _Backend("sqlite, sqlite:PATH", _open_sqlite, ("durability", "retain")),
+    "mongodb": _Backend("mongodb://HOSTS/DATABASE", _open_mongodb, ("retain",)),
+    "mongodb+srv": _Backend("mongodb+srv://HOST/DATABASE", _open_mongodb_srv, ("retain",)),
 }
 """By scheme."""
 
 
 def full_url(url: str) -> str:
-    """`url` with what it leaves to the defaults."""
-    return f"sqlite:{default_path()}" if url.rstrip(":") == "sqlite" else url
+    """`url` with what it leaves to the defaults, and without a password, for people to read."""
+    return f"sqlite:{default_path()}" if url.rstrip(":") == "sqlite" else without_password(url)
 
 
 def sqlite_path(url: str) -> Path | None:
@@ -75,12 +86,14 @@ def open_store(
 
     Args:
         url: `memory`: a new store in the memory of this process. `sqlite:PATH`: the store in that file, made if there
-            is none; `sqlite`: in the file `default_path()`.
+            is none; `sqlite`: in the file `default_path()`. `mongodb://…`: the store in that MongoDB database, see
+            `open_mongo`.
         durability: See `SQLiteLightningStore`; None: its default.
-        retain: See `SQLiteLightningStore`; None: everything.
+        retain: See `SQLiteLightningStore` and `MongoLightningStore`; None: everything.
 
     Raises:
         ValueError: There is no such kind of store, its name is incomplete, or it does not take such an option.
+        ImportError: What it needs is not installed.
     """
     scheme, _, rest = url.partition(":")
     backend = _backend_of(url)

@@ -1,0 +1,121 @@
+"""Doing together what is asked for at the same time, and one after the other what would get in its own way."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Sequence
+from contextlib import asynccontextmanager
+from typing import Generic, TypeVar
+
+from lightning.store.persistence.abc import BackendUnavailableError
+
+ItemT = TypeVar("ItemT")
+ResultT = TypeVar("ResultT")
+
+
+class Batcher(Generic[ItemT, ResultT]):
+    """Collects what is submitted while earlier batches are under way, and has it done in one go.
+
+    A caller that is alone waits for nobody; many at once share the round trips, and the wait for the journal. It
+    belongs to one event loop.
+
+    Args:
+        perform: Does a batch; returns a result per item, in order. Doing an item twice must have the effect of once.
+        max_items: The size of a batch.
+        max_batches: How many may be under way at once.
+    """
+
+    def __init__(
+        self,
+        perform: Callable[[list[ItemT]], Awaitable[Sequence[ResultT]]],
+        *,
+        max_items: int,
+        max_batches: int = 4,
+    ) -> None:
+        self._perform = perform
+        self._max_items = max_items
+        self._max_batches = max_batches
+        self._waiting: deque[tuple[ItemT, asyncio.Future[ResultT]]] = deque()
+        self._workers = 0
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def do(self, item: ItemT) -> ResultT:
+        """Have `item` done. A caller that is cancelled may find it done, or not.
+
+        Raises:
+            Exception: What went wrong with this item, whatever became of others.
+        """
+        future: asyncio.Future[ResultT] = asyncio.get_running_loop().create_future()
+        self._waiting.append((item, future))
+        if self._workers < self._max_batches:
+            self._workers += 1
+            task = asyncio.create_task(self._work(), name="lightning-mongo-batch")
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+        return await future
+
+    async def close(self) -> None:
+        """Wait for what is under way."""
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _work(self) -> None:
+        try:
+            while self._waiting:
+                batch: list[tuple[ItemT, asyncio.Future[ResultT]]] = []
+                while self._waiting and len(batch) < self._max_items:
+                    item, future = self._waiting.popleft()
+                    if not future.done():  # its caller has not gone
+                        batch.append((item, future))
+                if batch:
+                    await self._settle(batch)
+        finally:
+            self._workers -= 1
+
+    async def _settle(self, batch: list[tuple[ItemT, asyncio.Future[ResultT]]]) -> None:
+        try:
+            results = await self._perform([item for item, _ in batch])
+        except Exception as error:  # noqa: BLE001  # it is the callers'
+            if len(batch) > 1 and not isinstance(error, BackendUnavailableError):
+                for one in batch:  # the fault is in one of them: the others must not suffer for it
+                    await self._settle([one])
+                return
+            for _, future in batch:
+                if not future.done():
+                    future.set_exception(error)
+        except BaseException:
+            for _, future in batch:
+                future.cancel()
+            raise
+        else:
+            for (_, future), result in zip(batch, results, strict=True):
+                if not future.done():
+                    future.set_result(result)
+
+
+class Turns:
+    """Callers of one event loop take turns at something, rather than find out by conflicts."""
+
+    def __init__(self) -> None:
+        self._turns: dict[Hashable, _Turn] = {}
+
+    @asynccontextmanager
+    async def take(self, key: Hashable) -> AsyncIterator[None]:
+        """Wait for the turn at `key`, and hold it."""
+        turn = self._turns.setdefault(key, _Turn())
+        turn.takers += 1
+        try:
+            async with turn.lock:
+                yield
+        finally:
+            turn.takers -= 1
+            if not turn.takers:
+                del self._turns[key]
+
+
+class _Turn:
+    __slots__ = ("lock", "takers")
+
+    def __init__(self) -> None:
+        self.lock = asyncio.Lock()
+        self.takers = 0

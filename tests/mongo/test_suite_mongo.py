@@ -1,0 +1,58 @@
+"""The contract suite on MongoDB: all of it on a replica set; on a standalone server, and through the client, what
+depends on being told of changes, on time and on the wire."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import pytest
+from server import Mongod
+
+from lightning.rpc import LightningStoreClient, LightningStoreServer
+from lightning.store.mongo import MongoLightningStore
+from lightning.testing import ClockedStoreContractSuite, FakeClock, LaxResourcesContract, RunnerContract
+from lightning.testing.contract import (
+    QueueContract,
+    RealTimeContract,
+    ResourcesContract,
+    SequenceIdContract,
+    SpanContract,
+    WaitingContract,
+)
+
+
+class TestReplicaSet(ClockedStoreContractSuite, RunnerContract):
+    @pytest.fixture
+    async def store(
+        self, replica_set: Mongod, partition: str, clock: FakeClock
+    ) -> AsyncIterator[MongoLightningStore]:
+        store = MongoLightningStore(replica_set.uri, partition_id=partition, clock=clock)
+        yield store
+        await store.close()
+
+
+class TestStandalone(QueueContract, SpanContract, ResourcesContract, WaitingContract, RealTimeContract):
+    @pytest.fixture
+    async def store(self, standalone: Mongod, partition: str) -> AsyncIterator[MongoLightningStore]:
+        store = MongoLightningStore(standalone.uri, partition_id=partition)
+        yield store
+        await store.close()
+
+
+class TestThroughClient(QueueContract, SequenceIdContract, WaitingContract, RealTimeContract):
+    @pytest.fixture
+    async def store(self, replica_set: Mongod, partition: str) -> AsyncIterator[LightningStoreClient]:
+        server = LightningStoreServer(MongoLightningStore(replica_set.uri, partition_id=partition), port=0)
+        await server.start()
+        client = LightningStoreClient(server.endpoint)
+        yield client
+        await client.close()
+        await server.close()
+
+
+class TestWithLaxResources(LaxResourcesContract):
+    @pytest.fixture
+    async def store(self, replica_set: Mongod, partition: str) -> AsyncIterator[MongoLightningStore]:
+        store = MongoLightningStore(replica_set.uri, partition_id=partition, validate_resources=False)
+        yield store
+        await store.close()
