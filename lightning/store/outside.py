@@ -66,7 +66,9 @@ class OutsideWorld:
             self._loop.call_soon_threadsafe(task.cancel)
 
     async def _run(self) -> None:
-        await asyncio.gather(_over_and_over(self._watch), _over_and_over(self._mind_deadlines))
+        duties = (self._watch, self._mind_deadlines)
+        # told to end, it is to wait for both: without `return_exceptions` it would leave at the end of the first
+        await asyncio.gather(*map(_over_and_over, duties), return_exceptions=True)
 
     async def _watch(self) -> None:
         await self._persistence.watch(self._hear, lambda: self._broker.is_awaited(except_for=WATCHDOG_TOPIC))

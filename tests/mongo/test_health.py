@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import AsyncIterator
 
 import pymongo
 import pytest
+from failpoints import failing
 from server import Mongod
 
 from lightning.store.mongo import MongoLightningStore
@@ -16,18 +15,6 @@ from lightning.store.persistence.abc import BackendError, BackendFullError, Back
 pytestmark = pytest.mark.anyio
 
 OUT_OF_DISK_SPACE, UNAUTHORIZED = 14031, 13
-
-
-@contextmanager
-def failing(server: Mongod, commands: list[str], **how: Any) -> Iterator[None]:
-    """Until then, these commands of a store fail in this way."""
-    data = {"failCommands": commands, "appName": "lightning-store", **how}
-    with pymongo.MongoClient(server.uri) as client:
-        client.admin.command({"configureFailPoint": "failCommand", "mode": "alwaysOn", "data": data})
-        try:
-            yield
-        finally:
-            client.admin.command({"configureFailPoint": "failCommand", "mode": "off"})
 
 
 @pytest.fixture
