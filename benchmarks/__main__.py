@@ -29,7 +29,6 @@ class Part:
     about: str
     full: Measure
     quick: Measure
-    by_default: bool = True
 
 
 PARTS = {
@@ -60,7 +59,7 @@ def main() -> int:
             f"scripts/bench: no part is called {unknown[0]!r}; there are {', '.join(PARTS)}", file=sys.stderr
         )
         return 2
-    parts = arguments.parts or [name for name, part in PARTS.items() if part.by_default]
+    parts = arguments.parts or list(PARTS)
     console = Console()
     figures = CACHE / "quick" if arguments.quick else ROOT / "docs" / "benchmarks" / "figures"
     target = CACHE / "quick" / "benchmarks.md" if arguments.quick else ROOT / "docs" / "benchmarks.md"
@@ -86,9 +85,7 @@ def _parser() -> argparse.ArgumentParser:
         f"docs/benchmarks.md.\n\nparts:\n{lines}",
         epilog="The exit status is 1 if a threshold was missed.",
     )
-    parser.add_argument(
-        "parts", nargs="*", metavar="PART", help="what to measure; everything but the soak by default"
-    )
+    parser.add_argument("parts", nargs="*", metavar="PART", help="what to measure; everything by default")
     parser.add_argument(
         "--quick", action="store_true", help="a short trial run, written to .bench/quick instead of docs/"
     )
