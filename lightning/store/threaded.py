@@ -72,6 +72,9 @@ class LoopThread:
         try:
             self._loop.run_forever()
         finally:
+            self._loop.run_until_complete(
+                asyncio.sleep(0)
+            )  # what was submitted last begins, so that it can be ended
             tasks = asyncio.all_tasks(self._loop)
             for task in tasks:
                 task.cancel()

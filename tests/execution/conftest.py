@@ -134,6 +134,19 @@ class Program:
         eventually(lambda: not self.relatives(), "every process of the program is gone", 5.0)
         assert list(self.temp.iterdir()) == []
 
+    def assert_port_free(self, port: int) -> None:
+        """Nobody listens there any more."""
+
+        def look() -> bool:
+            try:
+                socket.create_server(("127.0.0.1", port)).close()
+            except OSError:
+                return False
+            return True
+
+        # a killed process lets go of its sockets with the last of its threads, a moment after it is gone
+        eventually(look, f"port {port} is free")
+
     def close(self) -> None:
         for process in self.relatives():
             process.kill()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import time
 from typing import TYPE_CHECKING
 
@@ -131,8 +130,7 @@ class Job:
         assert code in codes, self.program.stderr
         self.program.assert_nothing_left()
         if self.port is not None:
-            with socket.create_server(("127.0.0.1", self.port)):
-                pass
+            self.program.assert_port_free(self.port)
 
 
 def test_a_program_whose_classes_are_in_its_main_module(program: ProgramStart, free_port: int) -> None:

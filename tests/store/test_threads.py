@@ -6,6 +6,7 @@ import asyncio
 import gc
 import threading
 from collections.abc import Callable
+from concurrent.futures import CancelledError
 
 import pytest
 from plain_store import PlainStore
@@ -128,6 +129,20 @@ async def _until_cancelled(begun: threading.Event) -> None:
         await asyncio.Event().wait()
     except asyncio.CancelledError:
         raise RuntimeError("of no interest any more") from None
+
+
+def test_what_is_submitted_last_is_ended_with_the_loop() -> None:
+    thread, submitted = LoopThread("calls"), []
+
+    async def submit_and_stop() -> None:  # on the loop: it stops before the task takes its first step
+        submitted.append(thread.submit(asyncio.sleep(DEADLINE_SECONDS)))
+        thread.stop()
+
+    thread.run_blocking(submit_and_stop(), DEADLINE_SECONDS)
+    with pytest.raises(CancelledError):
+        submitted[0].result(DEADLINE_SECONDS)
+    submitted.clear()
+    gc.collect()  # a coroutine that was never awaited would complain
 
 
 def test_what_a_call_raises_that_its_caller_has_given_up_is_not_complained_about() -> None:
