@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from benchmarks import e2e, flat, peer, report, store
+from benchmarks import e2e, flat, idle, memory, peer, report, store, stream
 from benchmarks.figures import Section, load, save, short
 from benchmarks.servers import CACHE, ROOT
 
@@ -29,18 +29,37 @@ class Part:
     about: str
     full: Measure
     quick: Measure
+    with_peer: bool = False
 
 
 PARTS = {
     "store": Part(
         "calls, beside the peer and the bare transport",
-        lambda step: store.measure(5, 2000, step),
+        lambda step: store.measure(3, 2000, step),
         lambda step: store.measure(1, 400, step),
+        with_peer=True,
+    ),
+    "stream": Part(
+        "spans by stream, beside protobuf alone",
+        lambda step: stream.measure(5, 40_000, step),
+        lambda step: stream.measure(1, 4_000, step),
     ),
     "e2e": Part(
         "a training job over 8 runner processes, beside the peer",
         lambda step: e2e.measure(512, 20, step),
         lambda step: e2e.measure(64, 3, step),
+        with_peer=True,
+    ),
+    "memory": Part(
+        "memory per span, beside the peer",
+        lambda step: memory.measure(64_000, step),
+        lambda step: memory.measure(6_400, step),
+        with_peer=True,
+    ),
+    "idle": Part(
+        "a thousand connected workers without work",
+        lambda step: idle.measure(1000, 40.0, step),
+        lambda step: idle.measure(50, 2.0, step),
     ),
     "flat": Part(
         "what calls cost with a million rollouts stored",
@@ -104,7 +123,7 @@ def _measure(name: str, quick: bool, console: Console) -> Section:
             if not console.is_terminal:
                 console.print(f"{name}: {what}", markup=False)
 
-        if not (CACHE / "peer" / "installed").exists() and name in ("store", "e2e"):
+        if part.with_peer and not (CACHE / "peer" / "installed").exists():
             step(f"installing {peer.PEER} in .bench/peer, once")
         started = time.monotonic()
         section = asyncio.run((part.quick if quick else part.full)(step))

@@ -3,55 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import json
-from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import Callable
+from contextlib import AsyncExitStack
 
 from benchmarks.figures import Check, Curve, Row, Section, alternate, short
-from benchmarks.servers import ROOT, end, python
+from benchmarks.servers import Child, child, python
 
 _BOUNDS = {"memory": 1.3, "sqlite": 1.5}
 _BYTES_PER_ROLLOUT = 1200.0
-SMALL = 1000
-
-
-class Child:
-    """A process of `benchmarks.grown`."""
-
-    def __init__(self, process: asyncio.subprocess.Process) -> None:
-        self.process = process
-        self.bytes_per_rollout = 0.0
-
-    async def answer(self) -> dict[str, float]:
-        """The next line that it prints."""
-        assert self.process.stdout is not None
-        line = await self.process.stdout.readline()
-        if not line:
-            raise RuntimeError("a process with a store in it ended early")
-        answer: dict[str, float] = json.loads(line)
-        return answer
-
-    async def measure(self) -> dict[str, float]:
-        """Microseconds per call, by verb."""
-        assert self.process.stdin is not None
-        self.process.stdin.write(b"\n")
-        return await self.answer()
-
-
-@asynccontextmanager
-async def _grown(backend: str, count: int, calls: int) -> AsyncIterator[Child]:
-    process = await asyncio.create_subprocess_exec(
-        *python("-m", "benchmarks.grown", backend, str(count), str(calls)),
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-        cwd=ROOT,
-    )
-    child = Child(process)
-    try:
-        child.bytes_per_rollout = (await child.answer())["bytes_per_rollout"]
-        yield child
-    finally:
-        await end(process)
 
 
 async def measure(counts: list[int], rounds: int, calls: int, step: Callable[[str], None]) -> Section:
@@ -64,58 +23,56 @@ async def measure(counts: list[int], rounds: int, calls: int, step: Callable[[st
         f"sizes are held at once and measured in turn, {calls} calls at a time; "
         f"medians of {rounds} rounds. Memory is what the process grew by while they were enqueued.",
     )
-    for backend, bound in _BOUNDS.items():
-        await _measure_backend(section, backend, bound, counts, rounds, calls, step)
+    async with AsyncExitStack() as stack:
+        stores: dict[str, dict[int, Child]] = {backend: {} for backend in _BOUNDS}
+        for backend, children in stores.items():
+            for count in counts:
+                command = python("-m", "benchmarks.grown", backend, str(count), str(calls))
+                children[count] = await stack.enter_async_context(child(*command))
+        step(f"filling stores of {', '.join(map(short, counts))} rollouts")
+        bytes_per_rollout = [
+            answer["bytes_per_rollout"]
+            for answer in await asyncio.gather(
+                *(process.answer() for children in stores.values() for process in children.values())
+            )
+        ]
+        for backend, children in stores.items():
+            sides = {_column(count): process.ask for count, process in children.items()}
+            medians = await alternate(rounds, sides, lambda side, of=backend: step(f"{of}: {side}"))  # type: ignore[misc]
+            section.rows.extend(_rows(backend, medians, counts))
+            section.curves.append(_curve(backend, medians, counts))
+    largest = bytes_per_rollout[len(counts) - 1]  # of the first backend, memory
+    check = Check("ours", largest, _BYTES_PER_ROLLOUT, at_most=True)
+    section.rows.append(Row("memory per queued rollout", "bytes", {_column(counts[-1]): largest}, [check]))
     return section
 
 
-async def _measure_backend(
-    section: Section,
-    backend: str,
-    bound: float,
-    counts: list[int],
-    rounds: int,
-    calls: int,
-    step: Callable[[str], None],
-) -> None:
-    async with AsyncExitStack() as stack:
-        children = {}
-        for count in counts:
-            step(f"{backend}: filling {short(count)}")
-            children[count] = await stack.enter_async_context(_grown(backend, count, calls))
-        sides = {f"{short(count)} stored": child.measure for count, child in children.items()}
-        medians = await alternate(rounds, sides, lambda side: step(f"{backend}: {side}"))
-        first, last = f"{short(counts[0])} stored", f"{short(counts[-1])} stored"
-        for verb, cost in medians[first].items():
-            figures = {side: medians[side][verb] for side in sides}
-            ratio = medians[last][verb] / cost
-            section.rows.append(
-                Row(
-                    f"{backend}: {verb}",
-                    "µs/call",
-                    figures,
-                    [Check("most / fewest", ratio, bound, at_most=True)],
-                )
-            )
-        if backend == "memory":
-            size = children[counts[-1]].bytes_per_rollout
-            section.rows.append(
-                Row(
-                    "memory per queued rollout",
-                    "bytes",
-                    {last: size},
-                    [Check("ours", size, _BYTES_PER_ROLLOUT, at_most=True)],
-                )
-            )
-        section.curves.append(
-            Curve(
-                f"{backend}-stored-rollouts",
-                "rollouts stored",
-                f"µs per call, {backend}",
-                {
-                    verb: [(count, medians[f"{short(count)} stored"][verb]) for count in counts]
-                    for verb in medians[first]
-                },
-                "flat: no knee",
-            )
-        )
+def _column(count: int) -> str:
+    return f"{short(count)} stored"
+
+
+def _rows(backend: str, medians: dict[str, dict[str, float]], counts: list[int]) -> list[Row]:
+    rows = []
+    for verb in medians[_column(counts[0])]:
+        figures = {_column(count): medians[_column(count)][verb] for count in counts}
+        ratio = figures[_column(counts[-1])] / figures[_column(counts[0])]
+        check = Check("most / fewest", ratio, _BOUNDS[backend], at_most=True)
+        rows.append(Row(f"{backend}: {verb}", "µs/call", figures, [check]))
+    return rows
+
+
+def _curve(backend: str, medians: dict[str, dict[str, float]], counts: list[int]) -> Curve:
+    verbs = medians[_column(counts[0])]
+    series = {verb: [(float(count), medians[_column(count)][verb]) for count in counts] for verb in verbs}
+    worst = max(verbs, key=lambda verb: series[verb][-1][1] / series[verb][0][1])
+    growth = series[worst][-1][1] / series[worst][0][1]
+    return Curve(
+        f"{backend}-stored-rollouts",
+        "rollouts stored",
+        f"µs per call, {backend}",
+        series,
+        f"From {short(counts[0])} to {short(counts[-1])} rollouts no call gets dearer than {growth:.2f} × ({worst}): "
+        "there is no knee"
+        if growth <= _BOUNDS[backend]
+        else f"{worst} gets dearer, {growth:.2f} ×",
+    )

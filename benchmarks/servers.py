@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import socket
 import sys
@@ -110,6 +111,45 @@ async def echo() -> AsyncIterator[Served]:
     port = free_port()
     async with serving(sys.executable, "-m", "benchmarks.echo", str(port), port=port) as served:
         yield served
+
+
+class Child:
+    """A program that prints a line of JSON now and then."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        self.process = process
+
+    async def answer(self) -> dict[str, float]:
+        """The next line that it prints. Raises `RuntimeError` if there will be none."""
+        assert self.process.stdout is not None
+        line = await self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"a child process ended early, with status {await self.process.wait()}")
+        answer: dict[str, float] = json.loads(line)
+        return answer
+
+    async def ask(self) -> dict[str, float]:
+        """Send it an empty line; its answer."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(b"\n")
+        return await self.answer()
+
+    def end_input(self) -> None:
+        """Tell it that nothing more will be asked."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+
+
+@asynccontextmanager
+async def child(*command: str) -> AsyncIterator[Child]:
+    """Run a program to talk to."""
+    process = await asyncio.create_subprocess_exec(
+        *command, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, cwd=ROOT
+    )
+    try:
+        yield Child(process)
+    finally:
+        await end(process)
 
 
 async def run(*command: str, timeout: float = 1200.0) -> str:

@@ -54,7 +54,7 @@ def test_report_names_what_was_missed_and_survives_saving(tmp_path: Path) -> Non
     report.write([section], tmp_path / "benchmarks.md")
     text = (tmp_path / "benchmarks.md").read_text("utf-8")
     assert "**1 of 2 thresholds are met.**" in text
-    assert "- missed: claim (store): ours / peer = 1.25 (≥ 5)" in text
+    assert "| claim | ours / peer = 1.25 (≥ 5) | **missed** | store |" in text
     assert "| enqueue | 4,000 | 800 | calls/s | ours / peer = 5 (≥ 5) | met |" in text
     assert "benchmarks/growth.svg" in text
     assert (tmp_path / "benchmarks" / "growth.svg").read_text("utf-8").startswith("<?xml")

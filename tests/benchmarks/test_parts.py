@@ -1,0 +1,62 @@
+"""Parts of the benchmark that need no peer, run at a size that proves that they measure."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+
+from lightningpb.v1 import span_pb2
+
+import lightning
+from benchmarks import flat, idle, stream
+from benchmarks.servers import ours, run
+from benchmarks.shared.store_bench import spans_of
+from benchmarks.streaming import fill
+from lightning import codec
+
+
+def _ignore(_: str) -> None:
+    return
+
+
+def test_protobuf_alone_makes_the_messages_that_are_streamed() -> None:
+    (span,) = spans_of(lightning, "ro-1", "at-1", [5], 1024)
+    message = span_pb2.Span()
+    fill(message, span)
+    assert message == codec.span_to_proto(span)
+
+
+def test_stream() -> None:
+    section = asyncio.run(stream.measure(1, 256, _ignore))
+    (row,) = section.rows
+    assert row.figures.keys() == {"ours, memory", "ours, SQLite", "protobuf alone"}
+    assert all(figure > 0 for figure in row.figures.values())
+    (check,) = row.checks
+    assert check.value == row.figures["ours, memory"] / row.figures["protobuf alone"]
+
+
+def test_idle_workers_are_connected_each_by_itself() -> None:
+    section = asyncio.run(idle.measure(5, 0.5, _ignore))
+    cpu, memory, _ = (row.figures["ours"] for row in section.rows)
+    assert cpu >= 0
+    assert memory > 1
+
+
+def test_flat_compares_the_largest_store_with_the_smallest() -> None:
+    section = asyncio.run(flat.measure([1000, 2000], 1, 10, _ignore))
+    claim = next(row for row in section.rows if row.name == "sqlite: claim")
+    assert claim.checks[0].value == claim.figures["2,000 stored"] / claim.figures["1,000 stored"]
+    assert section.rows[-1].figures["2,000 stored"] > 0
+    assert [curve.name for curve in section.curves] == ["memory-stored-rollouts", "sqlite-stored-rollouts"]
+
+
+def test_filling() -> None:
+    async def fill_and_count() -> int:
+        async with ours("memory") as served:
+            await run(sys.executable, "benchmarks/filling.py", "lightning", served.address, "640")
+            client = lightning.LightningStoreClient(served.address)
+            statistics = await client.statistics()
+            await client.close()
+            return statistics["total_spans"]
+
+    assert asyncio.run(fill_and_count()) == 640
