@@ -1,4 +1,4 @@
-"""The proof of endings, in short: cells that want a program of two, a kill, and a look into the store's file."""
+"""The proofs of what becomes of jobs and runners, in short: cells and rows that want real processes and kills."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "prove_endings.py"
+SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 
-def run(*words: str) -> subprocess.CompletedProcess[str]:
+def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, str(SCRIPT), "--only", *words],
+        [sys.executable, str(SCRIPTS / script), *arguments],
         capture_output=True,
         text=True,
         timeout=55,
@@ -23,12 +23,19 @@ def run(*words: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("words", [("roles apart", "kill -9 of the server"), ("shm", "agent raises")])
 def test_a_cell_of_the_matrix_of_endings(words: tuple[str, ...]) -> None:
-    outcome = run(*words)
+    outcome = run("prove_endings.py", "--only", *words)
     assert outcome.returncode == 0, outcome.stdout + outcome.stderr
     assert "│ ok " in outcome.stdout
 
 
 def test_there_must_be_such_a_cell() -> None:
-    outcome = run("shm", "kill -9 of the server")  # there is none
+    outcome = run("prove_endings.py", "--only", "shm", "kill -9 of the server")  # there is none
     assert outcome.returncode == 2
     assert "no cell has these words in its name" in outcome.stderr
+
+
+def test_others_take_over_from_a_machine_that_dies() -> None:
+    """How soon is for the proof at length, on a quiet machine; here it is that, and that nothing is executed twice."""
+    outcome = run("prove_runners.py", "--lease", "1", "--rollouts", "1", "--only", "machine's death")
+    assert "FAILED" not in outcome.stdout, outcome.stdout + outcome.stderr
+    assert " max " in outcome.stdout, outcome.stdout + outcome.stderr
