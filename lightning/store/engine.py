@@ -27,7 +27,7 @@ from lightning.store.arguments import (
 )
 from lightning.store.core import QUEUE
 from lightning.store.idempotency import applied_value, current_request, id_source, mark_applied, new_ids
-from lightning.store.persistence.abc import RolloutChange
+from lightning.store.persistence.abc import AttemptTakenError, RolloutChange
 from lightning.store.queries import check_wait
 from lightning.store.reading import ReadingVerbs, as_worker
 from lightning.store.records import (
@@ -169,7 +169,8 @@ class StoreEngine(ReadingVerbs):
         now = await self._enter()
         check_worker_id(worker_id)
         attempt_id = id_source("at")
-        claimed = await self._claimed_before(attempt_id, limit)
+        shared = self._persistence.shared
+        claimed = [] if shared else await self._claimed_before(attempt_id, limit)
         if claimed:
             return claimed
 
@@ -185,7 +186,12 @@ class StoreEngine(ReadingVerbs):
             await self._tell_all([(change.before, change.after) for change in changes], now)
             return changes
 
-        changes = await self._complete(claim_and_tell())
+        try:
+            changes = await self._complete(claim_and_tell())
+        except AttemptTakenError:
+            changes = []
+        if shared and not changes:  # another server may have had this request first, and its answer got lost
+            return await self._claimed_before(attempt_id, limit)
         return [change.after.to_attempted_rollout(change.after.attempts[-1]) for change in changes]
 
     async def _claimed_before(

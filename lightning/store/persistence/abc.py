@@ -86,6 +86,10 @@ class SpansEvictedError(RuntimeError):
     """Spans that were asked for had been dropped to keep memory within its limit."""
 
 
+class AttemptTakenError(Exception):
+    """An attempt that was to begin has the id of one that has begun: another server serves the same request."""
+
+
 class BackendError(RuntimeError):
     """The backend could not do its work, through no fault of the caller's. Nothing was changed.
 
@@ -122,7 +126,8 @@ class Persistence(ABC):
     instant: bool = False
     """Whether its methods never suspend, so that a caller cannot go away in the middle."""
     shared: bool = False
-    """Whether other servers may work on the same records; then the engine calls `watch`."""
+    """Whether other servers may work on the same records; then the engine calls `watch`, and `claim_rollouts` refuses
+    ids of attempts that are taken: no look at what is there before it would be sure to last."""
 
     async def open(self) -> None:
         """Make ready; called once, before anything else."""
@@ -172,7 +177,12 @@ class Persistence(ABC):
 
     @abstractmethod
     async def claim_rollouts(self, limit: int, transition: ClaimTransition) -> list[RolloutChange]:
-        """Take up to `limit` rollouts off the head of the queue, applying `transition` to each."""
+        """Take up to `limit` rollouts off the head of the queue, applying `transition` to each.
+
+        Raises:
+            AttemptTakenError: It has taken none, for the attempt that `transition` began has begun elsewhere. Only a
+                backend that is `shared` finds that out.
+        """
 
     @abstractmethod
     async def find_rollouts(self, query: RolloutQuery) -> tuple[list[RolloutRecord], int]:

@@ -156,7 +156,11 @@ class MongoPersistence(Persistence):
         found = await session.connection.run(
             lambda: session.rollouts.collection.find_one(condition, {"_id": 1})
         )
-        return None if found is None else await session.rollouts.get(found["_id"]["rollout_id"])
+        read = None if found is None else await session.rollouts.read(found["_id"]["rollout_id"])
+        if read is None:
+            return None
+        await session.rollouts.settle(read)  # another server may have begun it this moment
+        return read.record
 
     async def change_rollout(self, rollout_id: str, transition: RolloutTransition) -> RolloutChange | None:
         change = await self._session.rollouts.change(rollout_id, transition)

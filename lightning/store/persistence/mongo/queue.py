@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 from lightning.store import lifecycle
-from lightning.store.persistence.abc import ClaimTransition, RolloutChange
+from lightning.store.persistence.abc import AttemptTakenError, ClaimTransition, RolloutChange
 from lightning.store.persistence.mongo.batches import Batcher
 from lightning.store.persistence.mongo.connection import MongoConnection
 from lightning.store.persistence.mongo.records import MongoRecords, Read
@@ -68,7 +68,12 @@ class MongoQueue:
                 for taken, head in enumerate(heads, start=len(changes)):
                     transition(head.record, taken)  # a refusal is to come before anything is changed
                 for head in heads:
-                    change = await self._take(head, transition, len(changes))
+                    try:
+                        change = await self._take(head, transition, len(changes))
+                    except AttemptTakenError:
+                        if not changes:
+                            raise
+                        return changes
                     if change is not None:
                         changes.append(change)
                     if change is None or not lifecycle.is_queued(change.after):

@@ -20,7 +20,7 @@ from bson.errors import BSONError
 from pymongo import ReturnDocument, UpdateOne
 from pymongo.errors import BulkWriteError, OperationFailure
 
-from lightning.store.persistence.abc import BackendUnavailableError
+from lightning.store.persistence.abc import AttemptTakenError, BackendUnavailableError
 from lightning.store.persistence.mongo.batches import Batcher, Turns
 from lightning.store.persistence.mongo.connection import Document, MongoConnection, error_codes
 from lightning.store.persistence.mongo.documents import (
@@ -64,12 +64,14 @@ class Prepared(Generic[RecordT]):
     spill: Spill
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Swap:
     key: Document
     expected: ObjectId
     token: ObjectId
     update: Document
+    tried: bool = False
+    """Whether it may have been made already."""
 
 
 class MongoRecords(Generic[RecordT]):
@@ -202,7 +204,7 @@ class MongoRecords(Generic[RecordT]):
                 if read is not None:
                     after = transition(read.record)
                     if after is read.record:
-                        await self._settle(read)
+                        await self.settle(read)
                         return after, after
                     swapped = await self.swap(read, after)
                     if swapped is not None:
@@ -227,7 +229,7 @@ class MongoRecords(Generic[RecordT]):
         swapped = None if after is known.record else await self.swap(known, after)
         return None if swapped is None else (known.record, swapped)
 
-    async def _settle(self, read: Read[RecordT]) -> None:
+    async def settle(self, read: Read[RecordT]) -> None:
         """Return when what was read is sure to stay: a write that changes nothing waits for all before it."""
         key = read.document["_id"]
         await self._connection.run(
@@ -239,6 +241,7 @@ class MongoRecords(Generic[RecordT]):
 
         Raises:
             ValueError: The record does not fit into a document.
+            AttemptTakenError: Another rollout has an attempt of this id.
         """
         spill = Spill()
         update = self._form.update(read.document, read.record, after, spill)
@@ -252,6 +255,8 @@ class MongoRecords(Generic[RecordT]):
                 _Swap(key, read.document["change"], token, with_token(update, token))
             )
         except _REFUSALS as error:
+            if DUPLICATE_KEY in error_codes(error):
+                raise AttemptTakenError(f"an attempt that {key} was to get is another rollout's") from None
             raise_refusal(error, key)
         if marks is None:
             await self._payloads.discard(spill)
@@ -268,16 +273,14 @@ class MongoRecords(Generic[RecordT]):
                 self._known.popitem(last=False)
 
     async def _swap_batch(self, swaps: list[_Swap]) -> list[Document | None]:
-        tried = False
-
         async def swap() -> list[Document | None]:
-            nonlocal tried
-            if len(swaps) == 1 and not tried:
-                tried = True
+            alone = len(swaps) == 1 and not swaps[0].tried
+            for one in swaps:
+                one.tried = True
+            if alone:
                 return [await self._swap_one(swaps[0])]
             # Those that an earlier try made fit no longer and are left alone; and even that is acknowledged only when a
             # majority has them.
-            tried = True
             updates = [UpdateOne({"_id": one.key, "change": one.expected}, one.update) for one in swaps]
             await self.collection.bulk_write(updates, ordered=False)
             found = await self._marks([one.key for one in swaps])
@@ -337,7 +340,9 @@ class MongoRecords(Generic[RecordT]):
             await self._payloads.discard(one.spill)
             known = await self.read(one.document["_id"][self._form.id_field])
             if known is None:
-                raise BackendUnavailableError(f"{one.document['_id']} was deleted while it was written again")
+                raise ValueError(
+                    f"{one.document['_id']} cannot be stored: another rollout has an attempt of the same id"
+                )
             stored.append((known.record, False))
         return stored
 

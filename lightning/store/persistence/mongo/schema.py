@@ -13,7 +13,7 @@ from pymongo.errors import DuplicateKeyError, OperationFailure, PyMongoError
 from lightning.store.persistence.abc import BackendError, BackendOpenError
 from lightning.store.persistence.mongo.connection import MongoConnection
 
-VERSION = 1
+VERSION = 2
 _OPEN_SECONDS = 10.0
 """How long to wait for MongoDB at first. Less than later: a wrong address is the likelier reason."""
 _CHECK_SECONDS = 5.0
@@ -36,11 +36,15 @@ class _Index:
     unique: bool = False
     only_with: str | None = None
     """Holds just the documents that have this field."""
+    name: str | None = None
+    """None: as MongoDB calls it."""
 
     def model(self) -> IndexModel:
         options: dict[str, Any] = {}
         if self.unique:
             options["unique"] = True
+        if self.name is not None:
+            options["name"] = self.name
         if self.only_with is not None:
             options["partialFilterExpression"] = {self.only_with: {"$exists": True}}
         return IndexModel([(field, ASCENDING) for field in self.fields], **options)
@@ -53,7 +57,12 @@ INDEXES: dict[str, tuple[_Index, ...]] = {
         _Index(("partition", "queue"), only_with="queue"),
         _Index(("partition", "deadline"), only_with="deadline"),
         _Index(("partition", "finished"), only_with="finished"),
-        _Index(("partition", "attempts.attempt_id")),
+        _Index(
+            ("partition", "attempts.attempt_id"),
+            unique=True,
+            only_with="attempts.attempt_id",
+            name="each_attempt_once",
+        ),
         _Index(("partition", "expire_at"), only_with="expire_at"),
     ),
     SPANS: (
@@ -70,6 +79,11 @@ INDEXES: dict[str, tuple[_Index, ...]] = {
 }
 
 
+_OBSOLETE = {ROLLOUTS: "partition_1_attempts.attempt_id_1"}
+"""Indexes of earlier versions that are in the way of this one's."""
+_NO_SUCH_INDEX_CODES = (26, 27)
+
+
 async def prepare(connection: MongoConnection) -> None:
     """Make the collections and indexes that are missing, and check that this program understands what is there.
 
@@ -78,8 +92,11 @@ async def prepare(connection: MongoConnection) -> None:
     """
     try:
         patience = min(_OPEN_SECONDS, connection.settings.timeout_seconds)
-        if await connection.run(lambda: _is_complete(connection), within=patience):
+        present = await connection.run(lambda: _version(connection), within=patience)
+        if present == VERSION:
             return
+        if present is not None:
+            await connection.run(lambda: _drop_obsolete(connection))
         for name, indexes in INDEXES.items():
             models = [index.model() for index in indexes]
             await connection.run(
@@ -101,20 +118,30 @@ async def prepare(connection: MongoConnection) -> None:
         ) from error
 
 
-async def _is_complete(connection: MongoConnection) -> bool:
-    """Whether all collections and indexes of this version are there: then a document says so."""
+async def _version(connection: MongoConnection) -> int | None:
+    """The version of which all collections and indexes are there: a document says so."""
     found = await connection.collection(META).find_one({"_id": _SCHEMA})
     if found is not None and found["version"] > VERSION:
         raise BackendOpenError(
             f"the database {connection.settings.database_name!r} was written by a newer version of this program "
             f"(schema {found['version']}, this one knows up to {VERSION}): upgrade agent-lightning-grpc"
         )
-    return found is not None and bool(found["version"] == VERSION)
+    return None if found is None else int(found["version"])
+
+
+async def _drop_obsolete(connection: MongoConnection) -> None:
+    for collection, index in _OBSOLETE.items():
+        try:
+            await connection.collection(collection).drop_index(index)
+        except OperationFailure as error:
+            if error.code not in _NO_SUCH_INDEX_CODES:  # another server was quicker
+                raise
 
 
 async def _mark_complete(connection: MongoConnection) -> None:
+    change = {"$max": {"version": VERSION}}
     with suppress(DuplicateKeyError):  # another server was quicker
-        await connection.collection(META).insert_one({"_id": _SCHEMA, "version": VERSION})
+        await connection.collection(META).update_one({"_id": _SCHEMA}, change, upsert=True)
 
 
 async def write_something(connection: MongoConnection) -> None:
