@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from benchmarks import e2e, flat, idle, memory, peer, report, store, stream
+from benchmarks import e2e, engines, flat, idle, memory, peer, report, restart, store, stream
 from benchmarks.figures import Section, load, save, short
 from benchmarks.servers import CACHE, ROOT
 
@@ -60,6 +60,16 @@ PARTS = {
         "a thousand connected workers without work",
         lambda step: idle.measure(1000, 40.0, step),
         lambda step: idle.measure(50, 2.0, step),
+    ),
+    "engines": Part(
+        "the verbs on each backend, without gRPC",
+        lambda step: engines.measure(3, 4_000, step),
+        lambda step: engines.measure(1, 200, step),
+    ),
+    "restart": Part(
+        "how soon a server answers on a large file",
+        lambda step: restart.measure(100_000, 10, 5, step),
+        lambda step: restart.measure(2_000, 10, 2, step),
     ),
     "flat": Part(
         "what calls cost with a million rollouts stored",

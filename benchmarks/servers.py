@@ -91,9 +91,13 @@ async def ours(backend: str = "memory") -> AsyncIterator[Served]:
     port = free_port()
     with tempfile.TemporaryDirectory(dir=scratch()) as folder:
         url = f"sqlite:{folder}/bench.db" if backend == "sqlite" else backend
-        command = (sys.executable, "-m", "lightning", "store", "--backend", url, "--port", str(port))
-        async with serving(*command, port=port) as served:
+        async with serving(*store_command(url, port), port=port) as served:
             yield served
+
+
+def store_command(url: str, port: int, *options: str) -> Sequence[str]:
+    """What starts this project's server on the store of this URL."""
+    return python("-m", "lightning", "store", "--backend", url, "--port", str(port), *options)
 
 
 @asynccontextmanager

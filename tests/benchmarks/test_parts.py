@@ -8,7 +8,7 @@ import sys
 from lightningpb.v1 import span_pb2
 
 import lightning
-from benchmarks import flat, idle, stream
+from benchmarks import engines, flat, idle, restart, stream
 from benchmarks.servers import ours, run
 from benchmarks.shared.store_bench import spans_of
 from benchmarks.streaming import fill
@@ -60,3 +60,19 @@ def test_filling() -> None:
             return statistics["total_spans"]
 
     assert asyncio.run(fill_and_count()) == 640
+
+
+def test_engines_measure_every_backend_that_is_here() -> None:
+    section = asyncio.run(engines.measure(1, 64, _ignore))
+    verbs = {row.name: row for row in section.rows}
+    backends = {"memory", "SQLite, full", "SQLite, normal"}
+    assert all(backends <= row.figures.keys() for row in verbs.values())
+    assert "SQLite alone" in verbs["claim"].figures
+    assert ("MongoDB" in verbs["claim"].figures) != ("There is none" in section.text)
+    assert verbs["claim"].checks[0].value == verbs["claim"].figures["SQLite, full"]
+
+
+def test_restart() -> None:
+    section = asyncio.run(restart.measure(20, 2, 2, _ignore))
+    (row,) = section.rows
+    assert 0 < row.figures["median"] <= row.figures["slowest"]
