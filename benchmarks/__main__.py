@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from benchmarks import e2e, engines, flat, idle, memory, peer, report, restart, store, stream
+from benchmarks import e2e, engines, flat, growth, idle, memory, peer, report, restart, store, stream
 from benchmarks.figures import Section, load, save, short
 from benchmarks.servers import CACHE, ROOT
 
@@ -30,6 +30,7 @@ class Part:
     full: Measure
     quick: Measure
     with_peer: bool = False
+    by_default: bool = True
 
 
 PARTS = {
@@ -76,6 +77,12 @@ PARTS = {
         lambda step: flat.measure([1_000, 10_000, 100_000, 1_000_000], 9, 300, step),
         lambda step: flat.measure([1_000, 20_000], 3, 100, step),
     ),
+    "growth": Part(
+        "curves over clients, batches, span sizes and workers",
+        lambda step: growth.measure(1.0, 1.0, 2, step),
+        lambda step: growth.measure(0.02, 0.2, 1, step),
+        by_default=False,
+    ),
 }
 
 
@@ -88,7 +95,7 @@ def main() -> int:
             f"scripts/bench: no part is called {unknown[0]!r}; there are {', '.join(PARTS)}", file=sys.stderr
         )
         return 2
-    parts = arguments.parts or list(PARTS)
+    parts = arguments.parts or [name for name, part in PARTS.items() if part.by_default]
     console = Console()
     figures = CACHE / "quick" if arguments.quick else ROOT / "docs" / "benchmarks" / "figures"
     target = CACHE / "quick" / "benchmarks.md" if arguments.quick else ROOT / "docs" / "benchmarks.md"
@@ -151,7 +158,8 @@ def _show(section: Section, console: Console) -> None:
         verdicts = [f"[{'green' if check.met else 'red'}]{check}[/]" for check in row.checks]
         figures = ", ".join(f"{column} {short(value)}" for column, value in row.figures.items())
         table.add_row(row.name, figures, row.unit, "\n".join(verdicts))
-    console.print(table)
+    if section.rows:
+        console.print(table)
     for curve in section.curves:
         console.print(f"{curve.name}: {curve.remark}", markup=False)
 

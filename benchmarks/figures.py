@@ -125,10 +125,19 @@ def knee(points: list[tuple[float, float]], least_gain: float = 0.1) -> float:
     return points[-1][0]
 
 
+def cost_knee(points: list[tuple[float, float]], most_growth: float = 2.0) -> float | None:
+    """Where a cost begins to grow: the first size from which on it is always above `most_growth` times the least."""
+    least = min(y for _, y in points)
+    bend = None
+    for x, y in reversed(points):
+        if y <= most_growth * least:
+            break
+        bend = x
+    return bend
+
+
 def short(value: float) -> str:
     """For people: three digits that count, thousands apart."""
-    if value == 0:
-        return "0"
-    if abs(value) >= 100:
+    if abs(value) >= 100 or float(value).is_integer():
         return f"{value:,.0f}"
     return f"{value:.3g}" if abs(value) < 10 else f"{value:.1f}"

@@ -6,7 +6,7 @@ import asyncio
 from pathlib import Path
 
 from benchmarks import report
-from benchmarks.figures import Check, Curve, Row, Section, alternate, knee, load, save
+from benchmarks.figures import Check, Curve, Row, Section, alternate, cost_knee, knee, load, save
 
 
 def test_sides_take_turns_and_the_median_counts() -> None:
@@ -34,6 +34,11 @@ def test_checks() -> None:
 def test_knee_is_where_more_no_longer_pays() -> None:
     assert knee([(1, 100.0), (4, 390.0), (16, 1000.0), (64, 1050.0), (256, 900.0)]) == 16
     assert knee([(1, 1.0), (2, 2.0)]) == 2
+
+
+def test_a_cost_has_its_knee_where_it_stays_high() -> None:
+    assert cost_knee([(1, 1.0), (4, 2.5), (16, 1.9), (64, 2.1), (256, 9.0)]) == 64
+    assert cost_knee([(1, 1.0), (4, 5.0), (16, 2.0)]) is None
 
 
 def test_report_names_what_was_missed_and_survives_saving(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import sys
 from lightningpb.v1 import span_pb2
 
 import lightning
-from benchmarks import engines, flat, idle, restart, stream
+from benchmarks import engines, flat, growth, idle, restart, stream
 from benchmarks.servers import ours, run
 from benchmarks.shared.store_bench import spans_of
 from benchmarks.streaming import fill
@@ -76,3 +76,13 @@ def test_restart() -> None:
     section = asyncio.run(restart.measure(20, 2, 2, _ignore))
     (row,) = section.rows
     assert 0 < row.figures["median"] <= row.figures["slowest"]
+
+
+def test_growth_draws_every_curve_and_names_its_knee() -> None:
+    section = asyncio.run(growth.measure(0.005, 0.05, 1, _ignore))
+    curves = {curve.name: curve for curve in section.curves}
+    assert curves.keys() == {"clients", "batch", "span-size", "workers", "workers-dispatch"}
+    assert curves["clients"].series.keys() == {"heartbeat", "enqueue", "add_span, 1 KB", "bare echo"}
+    assert [x for x, _ in curves["workers"].series["rollouts/s"]] == [1, 4]
+    assert all(y > 0 for curve in curves.values() for points in curve.series.values() for _, y in points)
+    assert all("knee" in curve.remark.lower() for curve in curves.values())
