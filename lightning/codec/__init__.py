@@ -28,6 +28,8 @@ from lightning.codec.resources import (
 from lightning.codec.results import (
     capabilities_from_proto,
     capabilities_to_proto,
+    event_to_proto,
+    events_from_proto,
     page_from_proto,
     page_info_to_proto,
     page_to_proto,
@@ -92,6 +94,8 @@ __all__ = [
     "decode_span",
     "encode_object",
     "encode_span",
+    "event_to_proto",
+    "events_from_proto",
     "heartbeat_from_proto",
     "heartbeat_to_proto",
     "mode_from_proto",

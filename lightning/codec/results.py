@@ -9,7 +9,13 @@ from lightningpb.v1 import store_service_pb2 as service_pb2
 
 from lightning.codec.building import build, construct, decode_object, encode_object
 from lightning.codec.enums import SORT_ORDER
-from lightning.types import LightningStoreCapabilities, LightningStoreStatistics, PaginatedResult
+from lightning.codec.rollouts import rollout_from_proto, rollout_to_proto
+from lightning.types import (
+    LightningStoreCapabilities,
+    LightningStoreStatistics,
+    PaginatedResult,
+    RolloutEvent,
+)
 
 if TYPE_CHECKING:
     from lightning.store.contract import SortOrder
@@ -118,3 +124,22 @@ def statistics_from_proto(message: service_pb2.GetStatisticsResponse) -> Lightni
         elif field == "name" or fields.HasField(field):
             statistics[key] = getattr(message, field)
     return cast(LightningStoreStatistics, statistics)  # which may have keys of the store's own
+
+
+def event_to_proto(event: RolloutEvent) -> service_pb2.WatchRolloutsResponse:
+    """What one event of a watch becomes."""
+    message = service_pb2.RolloutEvent(revision=event.revision, rollout=rollout_to_proto(event.rollout))
+    return service_pb2.WatchRolloutsResponse(events=[message], progress_revision=event.progress_revision)
+
+
+def events_from_proto(response: service_pb2.WatchRolloutsResponse, progress: int) -> list[RolloutEvent]:
+    """The events of a message, of which the last one makes the message's progress, the others `progress`."""
+    events = [
+        RolloutEvent.model_construct(
+            rollout=rollout_from_proto(message.rollout), revision=message.revision, progress_revision=progress
+        )
+        for message in response.events
+    ]
+    if events:
+        events[-1].progress_revision = response.progress_revision
+    return events

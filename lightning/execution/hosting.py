@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import AsyncGenerator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import cloudpickle
@@ -237,3 +237,6 @@ class LentStore(ForwardingStore):
 
     async def _forward(self, verb: str, *args: Any, **kwargs: Any) -> Any:
         return await getattr(self._store, verb)(*args, **kwargs)
+
+    def _forward_stream(self, verb: str, *args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
+        return getattr(self._store, verb)(*args, **kwargs)  # type: ignore[no-any-return]

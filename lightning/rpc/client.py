@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import replace
 from os import getpid, urandom
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -24,6 +24,7 @@ from lightning.rpc.options import ClientOptions
 from lightning.rpc.reads import RemoteReads
 from lightning.rpc.relay import RelayedConnection
 from lightning.store.arguments import check_count, check_requests
+from lightning.store.numbers import check_revision
 from lightning.store.queries import check_wait
 from lightning.types import (
     UNSET,
@@ -37,6 +38,7 @@ from lightning.types import (
     ResourcesUpdate,
     Rollout,
     RolloutConfig,
+    RolloutEvent,
     RolloutMode,
     RolloutStatus,
     Span,
@@ -322,6 +324,19 @@ class LightningStoreClient(RemoteReads):
             if len(finished) == len(wanted) or (response.complete and is_last):
                 break
         return [finished[rollout_id] for rollout_id in wanted if rollout_id in finished]
+
+    async def watch_rollouts(
+        self, *, rollout_ids: Sequence[str], after_revision: int | None = None
+    ) -> AsyncGenerator[RolloutEvent, None]:
+        check_revision(after_revision)
+        connection = self._connect()
+        key = await connection.open_watch(list(dict.fromkeys(rollout_ids)), after_revision)
+        try:
+            while (event := await connection.next_event(key)) is not None:
+                yield event
+        finally:
+            if not connection.closed:
+                await connection.close_watch(key)
 
     # --- Resources ---------------------------------------------------------------------------------------------
 

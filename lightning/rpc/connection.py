@@ -6,6 +6,7 @@ Everything here runs on the process's event loop for gRPC; `Connection`'s public
 from __future__ import annotations
 
 import asyncio
+import itertools
 import math
 import os
 import random
@@ -32,9 +33,10 @@ from lightning.rpc.errors import (
     tls_problem,
 )
 from lightning.rpc.options import ClientOptions
+from lightning.rpc.rollout_watches import ClientWatch
 from lightning.rpc.sessions import CommandSession
 from lightning.rpc.span_sender import SpanSender
-from lightning.types import WorkerCommand
+from lightning.types import RolloutEvent, WorkerCommand
 
 T = TypeVar("T")
 
@@ -67,6 +69,8 @@ class Connection:
         self._health: Any = None
         self._sessions: dict[tuple[str, str | None], CommandSession] = {}
         self._span_sender: SpanSender | None = None
+        self._watches: dict[int, ClientWatch] = {}
+        self._watch_keys = itertools.count()
         self._closed = False
         self._last_failure: AioRpcError | None = None
 
@@ -99,6 +103,18 @@ class Connection:
     async def deliver_spans(self, spans: Sequence[bytes]) -> int:
         """Store encoded spans, see `LightningStore.deliver_spans`. Raises as `unary`."""
         return await self._run(self._deliver_spans(spans))
+
+    async def open_watch(self, rollout_ids: Sequence[str], after_revision: int | None) -> int:
+        """Begin to watch rollouts, see `LightningStore.watch_rollouts`; the key for the two calls below."""
+        return await self._run(self._open_watch(rollout_ids, after_revision))
+
+    async def next_event(self, key: int) -> RolloutEvent | None:
+        """The next event of a watch; None: there will be none. Raises as `unary`."""
+        return await self._run(self._watches[key].next())
+
+    async def close_watch(self, key: int) -> None:
+        """End a watch."""
+        await self._run(self._close_watch(key))
 
     async def wait_until_ready(self, timeout: float | None) -> None:
         """Return when the server answers health checks. Raises `StoreUnavailableError` after `timeout` seconds."""
@@ -216,6 +232,14 @@ class Connection:
             self._span_sender = SpanSender(self)
         return await self._span_sender.deliver(spans)
 
+    async def _open_watch(self, rollout_ids: Sequence[str], after_revision: int | None) -> int:
+        key = next(self._watch_keys)
+        self._watches[key] = ClientWatch(self, rollout_ids, after_revision)
+        return key
+
+    async def _close_watch(self, key: int) -> None:
+        self._watches.pop(key).close()
+
     def _forget_session(self, key: tuple[str, str | None]) -> None:
         session = self._sessions.get(key)
         if session is not None and session.ended:
@@ -261,6 +285,8 @@ class Connection:
     async def _close(self) -> None:
         for session in list(self._sessions.values()):
             await session.close()
+        for watch in self._watches.values():
+            watch.close()
         if self._span_sender is not None:
             await self._span_sender.close()
         channel, self._channel, self._stub, self._health = self._channel, None, None, None

@@ -2,8 +2,8 @@
 
 What the store raises comes back as the same type with the same message: `ValueError` (unknown identifiers as its
 subclass `UnknownIdError`), `TypeError`, `NotImplementedError`, `RuntimeError` (evicted spans as its subclass
-`SpansEvictedError`, a full disk as `BackendFullError`), `KeyError`, `IndexError`, `LookupError`, `TimeoutError`. What
-only a remote store can raise:
+`SpansEvictedError`, a full disk as `BackendFullError`, a watch that cannot go on as `RevisionGoneError`), `KeyError`,
+`IndexError`, `LookupError`, `TimeoutError`. What only a remote store can raise:
 
     RemoteStoreError
     ├── StoreUnavailableError    the server stays away, or cannot reach its storage; also a ConnectionError
@@ -36,6 +36,7 @@ from lightning.rpc.address import Endpoint
 from lightning.store.broker import BrokerClosed
 from lightning.store.contract import UnknownIdError
 from lightning.store.persistence.abc import BackendFullError, SpansEvictedError
+from lightning.store.polling import RevisionGoneError
 
 logger = logging.getLogger(__name__)
 
@@ -103,6 +104,7 @@ _TABLE = (
     _Row(Unauthenticated, StatusCode.UNAUTHENTICATED, errors_pb2.ERROR_REASON_UNAUTHENTICATED),
     _Row(PermissionDenied, StatusCode.PERMISSION_DENIED, errors_pb2.ERROR_REASON_PERMISSION_DENIED),
     _Row(SpansEvictedError, StatusCode.FAILED_PRECONDITION, errors_pb2.ERROR_REASON_SPANS_EVICTED),
+    _Row(RevisionGoneError, StatusCode.OUT_OF_RANGE, errors_pb2.ERROR_REASON_REVISION_COMPACTED),
     _Row(BackendFullError, StatusCode.RESOURCE_EXHAUSTED, errors_pb2.ERROR_REASON_STORAGE_FULL),
     _Row(UnknownIdError, StatusCode.NOT_FOUND, errors_pb2.ERROR_REASON_UNKNOWN_ID),
     _Row(ValueError, StatusCode.INVALID_ARGUMENT, errors_pb2.ERROR_REASON_INVALID_VALUE),

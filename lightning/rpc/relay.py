@@ -27,7 +27,7 @@ from lightning.rpc.address import Endpoint
 from lightning.rpc.errors import StoreUnavailableError
 from lightning.rpc.options import ClientOptions
 from lightning.store.threaded import LoopThread
-from lightning.types import WorkerCommand
+from lightning.types import RolloutEvent, WorkerCommand
 
 _LENGTH = struct.Struct("!Q")
 _EXIT_TIMEOUT_SECONDS = 10.0
@@ -87,6 +87,25 @@ class RelayedConnection:
         """See `Connection.deliver_spans`."""
         stored: int = await self._call("deliver_spans", spans)
         return stored
+
+    async def open_watch(self, rollout_ids: Sequence[str], after_revision: int | None) -> int:
+        """See `Connection.open_watch`."""
+        key: int = await self._call("open_watch", rollout_ids, after_revision)
+        return key
+
+    async def next_event(self, key: int) -> RolloutEvent | None:
+        """See `Connection.next_event`."""
+        event: RolloutEvent | None = await self._call("next_event", key)
+        return event
+
+    async def close_watch(self, key: int) -> None:
+        """See `Connection.close_watch`."""
+        await self._call("close_watch", key)
+
+    @property
+    def closed(self) -> bool:
+        """See `Connection.closed`."""
+        return self._ended is not None
 
     async def wait_until_ready(self, timeout: float | None) -> None:
         """See `Connection.wait_until_ready`."""

@@ -7,7 +7,7 @@ import atexit
 import logging
 import os
 import weakref
-from collections.abc import Mapping
+from collections.abc import AsyncGenerator, Mapping
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
@@ -146,7 +146,7 @@ class LightningStoreServer(ForwardingStore):
 
         Raises:
             OSError: A port is taken, or the host is no address of this machine.
-        ImportError: `metrics_port` is given, and the package `prometheus-client` is not there.
+            ImportError: `metrics_port` is given, and the package `prometheus-client` is not there.
             RuntimeError: This is not the process that made the server.
         """
         if not self._is_owner:
@@ -257,6 +257,12 @@ class LightningStoreServer(ForwardingStore):
         running = self._running
         call = getattr(self._store, verb)(*args, **kwargs)
         return await (call if running is None else running.thread.run(call))
+
+    def _forward_stream(self, verb: str, *args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
+        store = self._store if self._is_owner else self._as_client()
+        stream: AsyncGenerator[Any, None] = getattr(store, verb)(*args, **kwargs)
+        running = self._running if self._is_owner else None
+        return stream if running is None else running.thread.run_stream(stream)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"endpoint": self.endpoint, "client_options": self._client_options}

@@ -10,6 +10,7 @@ import asyncio
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from contextlib import aclosing, contextmanager, suppress
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import grpc
@@ -31,6 +32,7 @@ from lightning.rpc.handlers import QUERY_HANDLERS, UNARY_HANDLERS, Found, QueryH
 from lightning.rpc.options import ServerLimits
 from lightning.rpc.otlp import OTLP_HANDLERS, OTLP_SERVICE
 from lightning.rpc.repeats import Outcome, RepeatTable
+from lightning.rpc.rollout_watches import watch_rollouts
 from lightning.rpc.span_sessions import SpanSessions, stream_spans
 from lightning.rpc.streams import OpenStreams
 from lightning.rpc.worker_sessions import worker_session
@@ -53,6 +55,11 @@ _CHUNK_BYTES = 1024 * 1024
 """How much of a query's result goes into one message, unless a single record is larger."""
 
 
+async def _found(query: QueryHandler, service: StoreService, request: Any) -> AsyncGenerator[Message, None]:
+    for message in _chunks(await query(service, request)):
+        yield message
+
+
 class StreamHandler(Protocol):
     """Many requests, many responses."""
 
@@ -61,6 +68,16 @@ class StreamHandler(Protocol):
     ) -> AsyncGenerator[Message, None]: ...
 
 
+class AnswerHandler(Protocol):
+    """One request, many responses."""
+
+    def __call__(self, service: StoreService, request: Any, /) -> AsyncGenerator[Message, None]: ...
+
+
+ANSWER_HANDLERS: dict[str, AnswerHandler] = {
+    "WatchRollouts": watch_rollouts,
+    **{name: partial(_found, query) for name, query in QUERY_HANDLERS.items()},
+}
 STREAM_HANDLERS: dict[str, StreamHandler] = {"StreamSpans": stream_spans, "WorkerSession": worker_session}
 
 
@@ -127,8 +144,8 @@ class StoreService:
         handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
         for name, handler in UNARY_HANDLERS.items():
             handlers[name] = self._unary(SERVICE, name, handler)
-        for name, query in QUERY_HANDLERS.items():
-            handlers[name] = grpc.unary_stream_rpc_method_handler(self._query(name, query))
+        for name, answer in ANSWER_HANDLERS.items():
+            handlers[name] = grpc.unary_stream_rpc_method_handler(self._answer(name, answer))
         for name, stream in STREAM_HANDLERS.items():
             handlers[name] = grpc.stream_stream_rpc_method_handler(self._stream(name, stream))
         otlp = {name: self._unary(OTLP_SERVICE, name, handler) for name, handler in OTLP_HANDLERS.items()}
@@ -199,13 +216,14 @@ class StoreService:
 
         return grpc.unary_unary_rpc_method_handler(handle)
 
-    def _query(self, name: str, handler: QueryHandler) -> Callable[..., Awaitable[None]]:
+    def _answer(self, name: str, handler: AnswerHandler) -> Callable[..., Awaitable[None]]:
         request_class = _request_class(SERVICE, name)
 
         async def answer(data: bytes) -> AsyncGenerator[bytes, None]:
             self._refuse_while_draining()
-            for message in _chunks(await handler(self, _parse(request_class, data))):
-                yield self._serialised(message)
+            async with aclosing(handler(self, _parse(request_class, data))) as messages:
+                async for message in messages:
+                    yield self._serialised(message)
 
         async def handle(data: bytes, context: Context) -> None:
             await self._send_all(answer(data), context)

@@ -5,7 +5,7 @@ uses one, locally or over gRPC, calls these and nothing else.
 
 Rules that hold for every verb:
 
-- It is a coroutine, and atomic: callers never see half of it.
+- It is a coroutine, and atomic: callers never see half of it. (`watch_rollouts` alone goes on and on.)
 - An unknown identifier raises `ValueError` naming it (`UnknownIdError`, where it is a store of ours), unless the verb
   is a `get_…` that returns `None`.
 - Payloads (`input`, `metadata`, `heartbeat_stats`) are JSON values, see `lightning.types.payload`; what cannot be
@@ -20,11 +20,13 @@ import asyncio
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, Literal
 
 from lightning.store.mailbox import WorkerMailboxes
-from lightning.store.numbers import check_count, check_wait
+from lightning.store.numbers import check_count, check_revision, check_wait
+from lightning.store.polling import RevisionGoneError, poll_rollouts
 from lightning.types import (
     UNSET,
     Attempt,
@@ -41,6 +43,7 @@ from lightning.types import (
     ResourcesUpdate,
     Rollout,
     RolloutConfig,
+    RolloutEvent,
     RolloutMode,
     RolloutStatus,
     Span,
@@ -73,9 +76,9 @@ class UnknownIdError(ValueError):
 class LightningStore(ABC):
     """The control plane between algorithms and runners.
 
-    The abstract methods are the whole obligation of an implementation. The verbs under "For runners", and
-    `check_writable`, have defaults built on them, so that any store can serve runners; a store that knows when things
-    happen overrides them to do better than poll.
+    The abstract methods are the whole obligation of an implementation. The verbs under "For runners", `watch_rollouts`
+    and `check_writable` have defaults built on them, so that any store can serve runners; a store that knows when
+    things happen overrides them to do better than poll.
     """
 
     # --- About the store ---------------------------------------------------------------------------------------
@@ -326,6 +329,33 @@ class LightningStore(ABC):
         Raises:
             ValueError: An id is unknown, or `timeout` is negative or NaN.
         """
+
+    async def watch_rollouts(
+        self, *, rollout_ids: Sequence[str], after_revision: int | None = None
+    ) -> AsyncGenerator[RolloutEvent, None]:
+        """Follow rollouts: how each is now, then each change of one, until all have ended.
+
+        Nothing is stored up for a watcher: who takes events slowly gets the latest state, several changes as one. A
+        heartbeat is no change. Leave the loop early by `contextlib.aclosing`.
+
+        Args:
+            rollout_ids: The rollouts.
+            after_revision: Go on from here: the `progress_revision` of the last event of an earlier watch. What changed
+                since comes first; a state may come again. None: begin with how things are.
+
+        Raises:
+            ValueError: An id is unknown, or `after_revision` is no revision.
+            RevisionGoneError: The watch cannot go on from there. Watch without `after_revision`.
+        """
+        check_revision(after_revision)
+        if after_revision is not None:
+            raise RevisionGoneError(
+                f"a watch cannot go on from revision {after_revision}: {type(self).__name__} keeps no revisions; watch "
+                "without after_revision"
+            )
+        async with aclosing(poll_rollouts(self, list(dict.fromkeys(rollout_ids)))) as events:
+            async for event in events:
+                yield event
 
     # --- Resources ---------------------------------------------------------------------------------------------
 

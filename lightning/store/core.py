@@ -20,7 +20,14 @@ from lightning.store.contract import LightningStore, UnknownIdError
 from lightning.store.idempotency import applied_value, current_request, mark_applied
 from lightning.store.mailbox import WorkerMailboxes
 from lightning.store.outside import OutsideWorld
-from lightning.store.persistence.abc import Notice, Persistence, ResourcesNotice, RolloutChange, RolloutNotice
+from lightning.store.persistence.abc import (
+    Notice,
+    Persistence,
+    ResourcesNotice,
+    RolloutChange,
+    RolloutNotice,
+    UntoldNotice,
+)
 from lightning.store.records import (
     RolloutRecord,
 )
@@ -34,7 +41,10 @@ from lightning.types import (
 T = TypeVar("T")
 
 QUEUE = "queue"
-"""The topic of rollouts that entered the queue; that of a finished one is `("finished", rollout_id)`."""
+"""The topic of rollouts that entered the queue. That of one that finished is `("finished", rollout_id)`, that of one in
+which something is to be seen `("changed", rollout_id)`."""
+ANY_CHANGE = "changed"
+"""The topic of changes that somebody made who does not say to which rollouts."""
 
 _EXPIRE_BATCH = 256
 
@@ -244,6 +254,8 @@ class EngineCore(LightningStore):
             for hold in notice.effects.released:
                 self._interrupt(hold)
             self._publish(notice.rollout_id, notice.effects)
+        elif isinstance(notice, UntoldNotice):
+            self._broker.publish(ANY_CHANGE)
         else:
             self._broker.publish_all()
 
@@ -252,6 +264,8 @@ class EngineCore(LightningStore):
             self._broker.publish(QUEUE, at_most=1)
         if effects.finished:
             self._broker.publish(("finished", rollout_id))
+        if effects.changed:
+            self._broker.publish(("changed", rollout_id))
 
     def _interrupt(self, hold: lifecycle.Hold) -> None:
         if hold.status != "unresponsive":  # that one may yet be revived

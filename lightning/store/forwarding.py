@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
 from lightning.store.contract import LightningStore
@@ -16,6 +17,13 @@ VERBS: tuple[str, ...] = tuple(
     if inspect.iscoroutinefunction(member) and not name.startswith("_") and name != "close"
 )
 """Every coroutine of the contract but `close`, whose meaning is each wrapper's own."""
+
+STREAM_VERBS: tuple[str, ...] = tuple(
+    name
+    for name, member in vars(LightningStore).items()
+    if inspect.isasyncgenfunction(member) and not name.startswith("_")
+)
+"""Every asynchronous generator of the contract."""
 
 
 if TYPE_CHECKING:
@@ -59,6 +67,19 @@ def _forwarding(verb: str) -> Callable[..., Any]:
     async def forward(self: ForwardingStore, *args: Any, **kwargs: Any) -> Any:
         return await self._forward(verb, *args, **kwargs)
 
+    return _as_in_contract(forward, verb)
+
+
+def _forwarding_stream(verb: str) -> Callable[..., Any]:
+    async def forward(self: ForwardingStore, *args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
+        async with aclosing(self._forward_stream(verb, *args, **kwargs)) as items:
+            async for item in items:
+                yield item
+
+    return _as_in_contract(forward, verb)
+
+
+def _as_in_contract(forward: Callable[..., Any], verb: str) -> Callable[..., Any]:
     contract = getattr(LightningStore, verb)
     forward.__name__ = verb
     forward.__qualname__ = f"ForwardingStore.{verb}"
@@ -68,14 +89,20 @@ def _forwarding(verb: str) -> Callable[..., Any]:
 
 
 class ForwardingStore(_Forwarded):
-    """A store whose verbs all go through `_forward`, which a subclass defines."""
+    """A store whose verbs all go through `_forward` and `_forward_stream`, which a subclass defines."""
 
     @abstractmethod
     async def _forward(self, verb: str, *args: Any, **kwargs: Any) -> Any:
         """Have somebody execute `verb` with these arguments."""
 
+    @abstractmethod
+    def _forward_stream(self, verb: str, *args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
+        """The same for a verb that is an asynchronous generator."""
+
     for _verb in VERBS:
         locals()[_verb] = _forwarding(_verb)
+    for _verb in STREAM_VERBS:
+        locals()[_verb] = _forwarding_stream(_verb)
     del _verb
 
 
@@ -119,6 +146,12 @@ class ForeignStore(ForwardingStore):
         if own is None:
             return await getattr(LightningStore, verb)(self, *args, **kwargs)
         return await own(*args, **kwargs)
+
+    def _forward_stream(self, verb: str, *args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
+        own = getattr(self._store, verb, None)
+        if own is None:
+            return getattr(LightningStore, verb)(self, *args, **kwargs)  # type: ignore[no-any-return]
+        return own(*args, **kwargs)  # type: ignore[no-any-return]
 
 
 def complete(store: Any) -> LightningStore:

@@ -308,6 +308,8 @@ class Effects:
     """Attempts that a worker holds since."""
     released: tuple[Hold, ...]
     """Attempts that a worker held until now, with the status they have now."""
+    changed: bool
+    """Whether somebody who watches the rollout sees a difference."""
 
 
 def effects(before: RolloutRecord | None, after: RolloutRecord) -> Effects:
@@ -328,7 +330,25 @@ def effects(before: RolloutRecord | None, after: RolloutRecord) -> Effects:
             for key, hold in held_before.items()
             if key not in held_after
         ),
+        changed=before is not None and visible(before) != visible(after),
     )
+
+
+def visible(record: RolloutRecord) -> tuple[object, ...]:
+    """What a watcher sees of a rollout. That its latest attempt was heard of again is no news."""
+    seen = (
+        record.status,
+        record.end_time,
+        record.mode,
+        record.resources_id,
+        record.input,
+        record.metadata,
+        record.config,
+    )
+    latest = record.latest_attempt
+    if latest is None:
+        return seen
+    return (*seen, latest.attempt_id, latest.status, latest.end_time, latest.worker_id, latest.metadata)
 
 
 def _holds(record: RolloutRecord | None) -> dict[tuple[str, str], Hold]:

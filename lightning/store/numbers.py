@@ -18,6 +18,12 @@ def check_time(value: float | None, name: str) -> float | None:
     return value
 
 
+def check_revision(value: int | None) -> None:
+    """Raises `ValueError` unless `value` is None or may be a revision that the store has told."""
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
+        raise ValueError(f"after_revision must be a revision that the store has told, or None, not {value!r}")
+
+
 def check_wait(timeout: float | None) -> float | None:
     """A time to wait, None if endless. Raises `ValueError` unless it is None or a number of seconds, 0 or more."""
     if timeout is None:

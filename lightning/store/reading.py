@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from dataclasses import replace
 
 from lightning.store import lifecycle
@@ -14,7 +15,8 @@ from lightning.store.arguments import (
     unknown_attempt,
 )
 from lightning.store.contract import FilterLogic, SortOrder
-from lightning.store.core import EngineCore
+from lightning.store.core import ANY_CHANGE, EngineCore
+from lightning.store.numbers import check_revision
 from lightning.store.queries import (
     ATTEMPT_SORT_FIELDS,
     RESOURCES_SORT_FIELDS,
@@ -32,12 +34,14 @@ from lightning.store.records import (
     ResourcesRecord,
     WorkerRecord,
 )
+from lightning.store.watching import RolloutWatch
 from lightning.types import (
     Attempt,
     LightningStoreStatistics,
     PaginatedResult,
     ResourcesUpdate,
     Rollout,
+    RolloutEvent,
     RolloutStatus,
     Span,
     Worker,
@@ -265,6 +269,25 @@ class ReadingVerbs(EngineCore):
                     fired = await subscription.wait(until)
                     pending.difference_update(topic[1] for topic in fired)  # type: ignore[index]  # as subscribed to
                     time_is_up = not fired
+
+    async def watch_rollouts(
+        self, *, rollout_ids: Sequence[str], after_revision: int | None = None
+    ) -> AsyncGenerator[RolloutEvent, None]:
+        check_revision(after_revision)
+        await self._enter()
+        wanted = list(dict.fromkeys(rollout_ids))
+        watch = RolloutWatch(self._persistence, self._unknown, after_revision)
+        topics = [ANY_CHANGE, *(("changed", rollout_id) for rollout_id in wanted)]
+        with self._broker.subscribe(topics) as subscription:
+            changed = wanted
+            while True:
+                async with aclosing(watch.look(changed)) as events:
+                    async for event in events:
+                        yield event
+                if not watch.pending:
+                    return
+                fired = await subscription.wait()
+                changed = wanted if ANY_CHANGE in fired else [topic[1] for topic in fired]  # type: ignore[index]
 
 
 def as_worker(record: WorkerRecord, now: float) -> Worker:

@@ -11,7 +11,7 @@ import asyncio
 import atexit
 import threading
 import weakref
-from collections.abc import Coroutine
+from collections.abc import AsyncGenerator, Coroutine
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
@@ -22,6 +22,13 @@ from lightning.types import LightningStoreCapabilities
 T = TypeVar("T")
 
 _STOP_TIMEOUT_SECONDS = 10.0
+
+
+class _End:
+    """There is no further item."""
+
+
+_END = _End()
 
 
 class LoopThread:
@@ -57,6 +64,25 @@ class LoopThread:
         if self._thread is threading.current_thread():
             return await coroutine
         return await asyncio.wrap_future(self.submit(coroutine))
+
+    async def run_stream(self, items: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:
+        """As `run`, for an asynchronous generator: each item is asked for when the last one was taken."""
+        turn = asyncio.Lock()  # an item that was given up on must have ended before the generator is closed
+
+        async def take() -> T | _End:
+            async with turn:
+                return await anext(items, _END)
+
+        async def close() -> None:
+            async with turn:
+                await items.aclose()
+
+        try:
+            while not isinstance(item := await self.run(take()), _End):
+                yield item
+        finally:
+            if not self.stopped:
+                await self.run(close())
 
     def run_blocking(self, coroutine: Coroutine[Any, Any, T], timeout: float | None = None) -> T:
         """As `run`, for callers that have no event loop. Raises `TimeoutError` after `timeout` seconds."""
@@ -135,10 +161,15 @@ class LightningStoreThreaded(ForwardingStore):
                 thread.stop()
 
     async def _forward(self, verb: str, *args: Any, **kwargs: Any) -> Any:
+        return await self._running().run(getattr(self._store, verb)(*args, **kwargs))
+
+    def _forward_stream(self, verb: str, *args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
+        return self._running().run_stream(getattr(self._store, verb)(*args, **kwargs))
+
+    def _running(self) -> LoopThread:
         with self._thread_lock:
             if self._closed:
                 raise BrokerClosed("the store was closed")
             if self._thread is None:
                 self._thread = LoopThread("lightning-store")
-            thread = self._thread
-        return await thread.run(getattr(self._store, verb)(*args, **kwargs))
+            return self._thread

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Awaitable, Sequence
+from contextlib import aclosing
 from typing import Any
 
 from lightning.store.contract import LightningStore
@@ -72,7 +73,20 @@ class UnreliableStore(ForwardingStore):
         if verb in ("add_many_spans", "deliver_spans"):
             spans: Sequence[Span] = args[0] if args else kwargs["spans"]
             self.span_batches.append([span.name for span in spans])
-        call = asyncio.ensure_future(getattr(self._store, verb)(*args, **kwargs))
+        answer = await self._while_here(getattr(self._store, verb)(*args, **kwargs))
+        self._count(self.answers, verb)
+        return answer
+
+    async def _forward_stream(self, verb: str, *args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
+        self._count(self.calls, verb)
+        async with aclosing(getattr(self._store, verb)(*args, **kwargs)) as items:
+            while (item := await self._while_here(anext(items, None))) is not None:
+                yield item
+        self._count(self.answers, verb)
+
+    async def _while_here(self, answer: Awaitable[Any]) -> Any:
+        """What comes of it, unless the store is away before."""
+        call = asyncio.ensure_future(answer)
         try:
             while not call.done():
                 await asyncio.wait({call}, timeout=_AWAY_POLL_SECONDS)
@@ -80,9 +94,8 @@ class UnreliableStore(ForwardingStore):
                     self._check()
         finally:
             call.cancel()
-        answer = await call
-        self._count(self.answers, verb)
-        return answer
+            await asyncio.wait({call})
+        return await call
 
     def _check(self) -> None:
         if self.away:

@@ -12,6 +12,7 @@ from lightning.types.rollouts import (
     EnqueueRolloutRequest,
     Rollout,
     RolloutConfig,
+    RolloutEvent,
     RolloutMode,
     RolloutStatus,
 )
@@ -67,6 +68,7 @@ __all__ = [
     "ResourcesUpdate",
     "Rollout",
     "RolloutConfig",
+    "RolloutEvent",
     "RolloutMode",
     "RolloutStatus",
     "Span",

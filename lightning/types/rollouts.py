@@ -67,6 +67,18 @@ class AttemptedRollout(Rollout):
     attempt: Attempt
 
 
+class RolloutEvent(BaseModel):
+    """What somebody who watches rollouts is told: how one of them is now."""
+
+    rollout: Rollout
+    """The rollout after the change; an `AttemptedRollout` if it has attempts."""
+    revision: int
+    """The store's revision at the change. It counts up across all rollouts."""
+    progress_revision: int
+    """Everything that changed up to this revision has been told with this event: to go on from here, pass it as
+    `after_revision`."""
+
+
 class EnqueueRolloutRequest(BaseModel):
     """One element of `LightningStore.enqueue_many_rollouts`; fields as in `LightningStore.enqueue_rollout`."""
 

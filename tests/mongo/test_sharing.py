@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, aclosing
 from typing import TypeVar
 
 import pytest
@@ -105,6 +105,39 @@ async def test_a_waiter_wakes_for_an_end_elsewhere(open_store: Opener) -> None:
     for _ in ids:
         await finish(there, await claim(there))
     assert [rollout.status for rollout in await soon(waiting)] == ["succeeded"] * 2
+
+
+async def test_a_watcher_sees_what_happens_elsewhere(open_store: Opener) -> None:
+    here, there = await open_store(), await open_store()
+    (rollout_id,) = await enqueue(here, 1)
+    async with aclosing(here.watch_rollouts(rollout_ids=[rollout_id])) as events:
+        seen = [await soon(anext(events))]
+        claimed = await claim(there)
+        seen.append(await soon(anext(events)))
+        await there.add_span(make_span(claimed))
+        seen.append(await soon(anext(events)))
+        await there.update_rollout(rollout_id, metadata={"by": "there"})
+        seen.append(await soon(anext(events)))
+        await finish(there, claimed)
+        seen += [await soon(anext(events))]
+        assert await soon(anext(events, None)) is None  # type: ignore[arg-type]
+    statuses = [event.rollout.status for event in seen]
+    assert statuses == ["queuing", "preparing", "running", "running", "succeeded"]
+    assert seen[3].rollout.metadata == {"by": "there"}
+
+
+async def test_a_watch_goes_on_at_another_server(open_store: Opener) -> None:
+    here, there = await open_store(), await open_store()
+    ids = await enqueue(here, 3)
+    async with aclosing(here.watch_rollouts(rollout_ids=ids)) as events:
+        told = [await soon(anext(events)) for _ in ids]
+    known = {event.rollout.rollout_id: event.revision for event in told}
+    await here.update_rollout(ids[1], status="cancelled")
+    watch = there.watch_rollouts(rollout_ids=ids, after_revision=told[-1].progress_revision)
+    async with aclosing(watch) as events:
+        while (event := await soon(anext(events))).revision <= known[event.rollout.rollout_id]:
+            pass  # a change of the last second may come again: maybe another one was made beside it
+        assert (event.rollout.rollout_id, event.rollout.status) == (ids[1], "cancelled")
 
 
 async def test_a_claim_wakes_for_work_from_elsewhere(open_store: Opener) -> None:

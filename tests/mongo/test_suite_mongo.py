@@ -10,7 +10,13 @@ from server import Mongod
 
 from lightning.rpc import LightningStoreClient, LightningStoreServer
 from lightning.store.mongo import MongoLightningStore
-from lightning.testing import ClockedStoreContractSuite, FakeClock, LaxResourcesContract, RunnerContract
+from lightning.testing import (
+    ClockedStoreContractSuite,
+    FakeClock,
+    LaxResourcesContract,
+    ResumedWatchContract,
+    RunnerContract,
+)
 from lightning.testing.contract import (
     QueueContract,
     RealTimeContract,
@@ -18,10 +24,11 @@ from lightning.testing.contract import (
     SequenceIdContract,
     SpanContract,
     WaitingContract,
+    WatchContract,
 )
 
 
-class TestReplicaSet(ClockedStoreContractSuite, RunnerContract):
+class TestReplicaSet(ClockedStoreContractSuite, RunnerContract, ResumedWatchContract):
     @pytest.fixture
     async def store(
         self, replica_set: Mongod, partition: str, clock: FakeClock
@@ -31,7 +38,15 @@ class TestReplicaSet(ClockedStoreContractSuite, RunnerContract):
         await store.close()
 
 
-class TestStandalone(QueueContract, SpanContract, ResourcesContract, WaitingContract, RealTimeContract):
+class TestStandalone(
+    QueueContract,
+    SpanContract,
+    ResourcesContract,
+    WaitingContract,
+    WatchContract,
+    ResumedWatchContract,
+    RealTimeContract,
+):
     @pytest.fixture
     async def store(self, standalone: Mongod, partition: str) -> AsyncIterator[MongoLightningStore]:
         store = MongoLightningStore(standalone.uri, partition_id=partition)
@@ -39,7 +54,9 @@ class TestStandalone(QueueContract, SpanContract, ResourcesContract, WaitingCont
         await store.close()
 
 
-class TestThroughClient(QueueContract, SequenceIdContract, WaitingContract, RealTimeContract):
+class TestThroughClient(
+    QueueContract, SequenceIdContract, WaitingContract, WatchContract, ResumedWatchContract, RealTimeContract
+):
     @pytest.fixture
     async def store(self, replica_set: Mongod, partition: str) -> AsyncIterator[LightningStoreClient]:
         server = LightningStoreServer(MongoLightningStore(replica_set.uri, partition_id=partition), port=0)

@@ -16,6 +16,7 @@ from lightning.testing import (
     EvictionContract,
     FakeClock,
     LaxResourcesContract,
+    ResumedWatchContract,
     RunnerContract,
     StoreContractSuite,
 )
@@ -33,7 +34,7 @@ async def through_grpc(
     await server.close()
 
 
-class TestClient(ClockedStoreContractSuite, RunnerContract):
+class TestClient(ClockedStoreContractSuite, RunnerContract, ResumedWatchContract):
     @pytest.fixture
     async def store(self, clock: FakeClock) -> AsyncIterator[LightningStoreClient]:
         async for client in through_grpc(InMemoryLightningStore(clock=clock)):

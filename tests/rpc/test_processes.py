@@ -130,7 +130,10 @@ async def test_a_child_forked_after_grpc_was_used_is_a_client(tmp_path: Path) ->
             """
             async def ask():
                 client = LightningStoreClient(sys.argv[1])
-                print((await client.enqueue_rollout("task")).status, flush=True)
+                rollout = await client.enqueue_rollout("task")
+                async for event in client.watch_rollouts(rollout_ids=[rollout.rollout_id]):
+                    print(event.rollout.status, flush=True)
+                    await client.update_rollout(rollout.rollout_id, status="cancelled")
                 await client.close()
 
             asyncio.run(ask())
@@ -146,7 +149,7 @@ async def test_a_child_forked_after_grpc_was_used_is_a_client(tmp_path: Path) ->
             """,
             server.endpoint,
         )
-        assert out.split() == ["queuing"] * 3
+        assert out.split() == ["queuing", "cancelled"] * 3
         assert (await server.query_rollouts()).total == 3
     finally:
         await server.close()

@@ -57,7 +57,6 @@ def documented() -> dict[str, set[str]]:
 TABLE = documented()
 NOT_SERVED = {
     "grpc.health.v1.Health/List",
-    f"{SERVICE_NAME}/WatchRollouts",
     "grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
 }
 """Of these a server may have none yet."""

@@ -8,11 +8,41 @@ from typing import Any
 
 from planting import Patch, caught_by, change_page
 
-from lightning.store import lifecycle, reading, records
+from lightning.store import lifecycle, reading, records, watching
 from lightning.store.engine import StoreEngine
 from lightning.store.persistence.memory import MemoryPersistence
 from lightning.store.queries import Filters, Page, RolloutQuery
 from lightning.types import payload
+
+# --- Watching --------------------------------------------------------------------------------------------------
+
+
+@caught_by("test_a_heartbeat_is_no_news")
+def heartbeats_are_news(patch: Patch) -> None:
+    original = lifecycle.visible
+
+    def visible(record: Any) -> Any:
+        latest = record.latest_attempt
+        return (*original(record), latest and latest.last_heartbeat_time)
+
+    patch.setattr(lifecycle, "visible", visible)
+
+
+@caught_by("test_a_rollout_is_followed_to_its_end")
+def watchers_see_statuses_only(patch: Patch) -> None:
+    patch.setattr(lifecycle, "visible", lambda record: record.status)
+
+
+@caught_by("test_a_watch_goes_on_where_it_broke_off")
+def a_watch_that_goes_on_misses_what_happened_meanwhile(patch: Patch) -> None:
+    original = watching.RolloutWatch._is_news
+
+    def is_news(self: Any, record: Any) -> bool:
+        goes_on = self._after is not None
+        return original(self, record) and not goes_on
+
+    patch.setattr(watching.RolloutWatch, "_is_news", is_news)
+
 
 # --- Spans -----------------------------------------------------------------------------------------------------
 

@@ -17,12 +17,18 @@ import pytest
 from planting import FAULTS, Fault, Patch
 
 from lightning.store import InMemoryLightningStore
-from lightning.testing import ClockedStoreContractSuite, EvictionContract, FakeClock, RunnerContract
+from lightning.testing import (
+    ClockedStoreContractSuite,
+    EvictionContract,
+    FakeClock,
+    ResumedWatchContract,
+    RunnerContract,
+)
 
 __all__ = ["faults_of_records", "faults_of_work"]  # importing them registers them
 
 
-class Suite(ClockedStoreContractSuite, RunnerContract, EvictionContract):
+class Suite(ClockedStoreContractSuite, RunnerContract, ResumedWatchContract, EvictionContract):
     """All there is for the memory store."""
 
 

@@ -13,12 +13,13 @@ from lightning.testing import (
     ClockedStoreContractSuite,
     FakeClock,
     LaxResourcesContract,
+    ResumedWatchContract,
     RunnerContract,
     StoreContractSuite,
 )
 
 
-class TestSQLiteFile(ClockedStoreContractSuite, RunnerContract):
+class TestSQLiteFile(ClockedStoreContractSuite, RunnerContract, ResumedWatchContract):
     @pytest.fixture
     async def store(self, tmp_path: Path, clock: FakeClock) -> AsyncIterator[SQLiteLightningStore]:
         store = SQLiteLightningStore(tmp_path / "store.db", clock=clock)
@@ -26,7 +27,7 @@ class TestSQLiteFile(ClockedStoreContractSuite, RunnerContract):
         await store.close()
 
 
-class TestSQLiteInMemory(ClockedStoreContractSuite, RunnerContract):
+class TestSQLiteInMemory(ClockedStoreContractSuite, RunnerContract, ResumedWatchContract):
     @pytest.fixture
     async def store(self, clock: FakeClock) -> AsyncIterator[SQLiteLightningStore]:
         store = SQLiteLightningStore(":memory:", clock=clock)
@@ -34,7 +35,7 @@ class TestSQLiteInMemory(ClockedStoreContractSuite, RunnerContract):
         await store.close()
 
 
-class TestSQLiteThroughClient(StoreContractSuite):
+class TestSQLiteThroughClient(StoreContractSuite, ResumedWatchContract):
     @pytest.fixture
     async def store(self, tmp_path: Path) -> AsyncIterator[LightningStoreClient]:
         server = LightningStoreServer(SQLiteLightningStore(tmp_path / "store.db"), port=0)

@@ -12,7 +12,7 @@ from stranger import Stranger
 
 from lightning.rpc import LightningStoreClient, LightningStoreServer
 from lightning.store import InMemoryLightningStore, LightningStoreThreaded
-from lightning.testing import ClockedStoreContractSuite, FakeClock, RunnerContract
+from lightning.testing import ClockedStoreContractSuite, FakeClock, ResumedWatchContract, RunnerContract
 
 
 @asynccontextmanager
@@ -28,7 +28,7 @@ async def client_of(store: Any) -> AsyncIterator[LightningStoreClient]:
         await server.close()
 
 
-class TestClientOfThreaded(ClockedStoreContractSuite, RunnerContract):
+class TestClientOfThreaded(ClockedStoreContractSuite, RunnerContract, ResumedWatchContract):
     @pytest.fixture
     async def store(self, clock: FakeClock) -> AsyncIterator[LightningStoreClient]:
         async with client_of(LightningStoreThreaded(InMemoryLightningStore(clock=clock))) as client:

@@ -9,12 +9,13 @@ from collections import Counter
 import pytest
 
 from lightning.store.contract import LightningStore
-from lightning.store.forwarding import VERBS
+from lightning.store.forwarding import STREAM_VERBS, VERBS
 from lightning.testing import (
     ClockedStoreContractSuite,
     EvictionContract,
     FakeClock,
     LaxResourcesContract,
+    ResumedWatchContract,
     RunnerContract,
     StoreContractSuite,
     StoreTheme,
@@ -23,7 +24,12 @@ from lightning.testing import (
 
 
 class Everything(
-    ClockedStoreContractSuite, StoreContractSuite, RunnerContract, EvictionContract, LaxResourcesContract
+    ClockedStoreContractSuite,
+    StoreContractSuite,
+    RunnerContract,
+    ResumedWatchContract,
+    EvictionContract,
+    LaxResourcesContract,
 ):
     """All themes together."""
 
@@ -45,7 +51,7 @@ def test_every_theme_is_in_a_suite() -> None:
 
 def test_every_verb_is_called_by_the_suite() -> None:
     sources = "".join(inspect.getsource(inspect.getmodule(theme)) for theme in Everything.__mro__[1:-1])  # type: ignore[arg-type]
-    assert [verb for verb in VERBS if f"store.{verb}(" not in sources] == []
+    assert [verb for verb in (*VERBS, *STREAM_VERBS) if f"store.{verb}(" not in sources] == []
 
 
 def test_a_suite_without_a_store_says_what_is_missing(pytester: pytest.Pytester) -> None:

@@ -12,13 +12,14 @@ from lightning.testing import (
     EvictionContract,
     FakeClock,
     LaxResourcesContract,
+    ResumedWatchContract,
     RunnerContract,
     StoreContractSuite,
 )
 from lightning.testing.records import make_span
 
 
-class TestMemory(ClockedStoreContractSuite, RunnerContract):
+class TestMemory(ClockedStoreContractSuite, RunnerContract, ResumedWatchContract):
     @pytest.fixture
     async def store(self, clock: FakeClock) -> AsyncIterator[InMemoryLightningStore]:
         store = InMemoryLightningStore(clock=clock)

@@ -13,11 +13,12 @@ from lightning.testing import (
     EvictionContract,
     FakeClock,
     LaxResourcesContract,
+    ResumedWatchContract,
     RunnerContract,
 )
 
 
-class TestThreadedMemory(ClockedStoreContractSuite, RunnerContract):
+class TestThreadedMemory(ClockedStoreContractSuite, RunnerContract, ResumedWatchContract):
     @pytest.fixture
     async def store(self, clock: FakeClock) -> AsyncIterator[LightningStoreThreaded]:
         store = LightningStoreThreaded(InMemoryLightningStore(clock=clock))

@@ -54,7 +54,9 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_DEADLINE: _ErrorReason.ValueType  # 11
     """The deadline passed before the server was done. DEADLINE_EXCEEDED."""
     ERROR_REASON_REVISION_COMPACTED: _ErrorReason.ValueType  # 12
-    """The revision to resume a watch from is no longer kept: read the present state and watch from there. OUT_OF_RANGE."""
+    """The store cannot go on from the revision to resume a watch from: watch without one, which begins with the present state.
+    A RuntimeError in Python. OUT_OF_RANGE.
+    """
     ERROR_REASON_INTERNAL: _ErrorReason.ValueType  # 13
     """The store raised something else, or the server has a defect. INTERNAL."""
     ERROR_REASON_STORAGE_FULL: _ErrorReason.ValueType  # 14
@@ -90,7 +92,9 @@ ERROR_REASON_PERMISSION_DENIED: ErrorReason.ValueType  # 10
 ERROR_REASON_DEADLINE: ErrorReason.ValueType  # 11
 """The deadline passed before the server was done. DEADLINE_EXCEEDED."""
 ERROR_REASON_REVISION_COMPACTED: ErrorReason.ValueType  # 12
-"""The revision to resume a watch from is no longer kept: read the present state and watch from there. OUT_OF_RANGE."""
+"""The store cannot go on from the revision to resume a watch from: watch without one, which begins with the present state.
+A RuntimeError in Python. OUT_OF_RANGE.
+"""
 ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 13
 """The store raised something else, or the server has a defect. INTERNAL."""
 ERROR_REASON_STORAGE_FULL: ErrorReason.ValueType  # 14

@@ -2118,7 +2118,7 @@ class WatchRolloutsRequest(_message.Message):
     ROLLOUT_IDS_FIELD_NUMBER: _builtins.int
     AFTER_REVISION_FIELD_NUMBER: _builtins.int
     after_revision: _builtins.int
-    """Send what changed after this revision. Absent: send the present state first."""
+    """Send what changed after this revision, the progress_revision of an earlier call. Absent: send the present state first."""
     @_builtins.property
     def rollout_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """The rollouts to follow."""
@@ -2151,7 +2151,9 @@ class RolloutEvent(_message.Message):
     """The store's revision at the change; counts up across all rollouts."""
     @_builtins.property
     def rollout(self) -> _rollout_pb2.Rollout:
-        """The rollout after the change, with its latest attempt if it has any. Changes in quick succession may come as one event."""
+        """The rollout after the change, with its latest attempt if it has any. Changes in quick succession may come as one event. A
+        heartbeat is no change.
+        """
 
     def __init__(
         self,
@@ -2176,10 +2178,10 @@ class WatchRolloutsResponse(_message.Message):
     EVENTS_FIELD_NUMBER: _builtins.int
     PROGRESS_REVISION_FIELD_NUMBER: _builtins.int
     progress_revision: _builtins.int
-    """Everything up to this revision has been sent. Resume from here."""
+    """Everything up to this revision has been sent. Resume from here: a state that was sent may come again, none is left out."""
     @_builtins.property
     def events(self) -> _containers.RepeatedCompositeFieldContainer[Global___RolloutEvent]:
-        """What changed, in order. May be empty: such a message only reports progress."""
+        """What changed; of each rollout in order. May be empty: such a message only reports progress."""
 
     def __init__(
         self,

@@ -390,8 +390,9 @@ class LightningStoreServiceServicer(object):
 
     def WatchRollouts(self, request, context):
         """Follows rollouts: first their present state, then each change, until all have ended; then the server ends the stream with OK.
-        Called by algorithms. After UNAVAILABLE, call again with the last progress_revision received: nothing is missed.
-        NOT_FOUND: a rollout does not exist. OUT_OF_RANGE: the revision to resume from is no longer kept; start without one.
+        Called by algorithms. Nothing is stored up for a client that reads slowly: it gets the latest state, several changes as one.
+        After UNAVAILABLE, call again with the last progress_revision received: nothing is missed.
+        NOT_FOUND: a rollout does not exist. OUT_OF_RANGE: the store cannot go on from that revision; start without one.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -137,8 +137,9 @@ class LightningStoreServiceStub:
     """Finds workers. Called by algorithms and viewers."""
     WatchRollouts: _grpc.UnaryStreamMultiCallable[_store_service_pb2.WatchRolloutsRequest, _store_service_pb2.WatchRolloutsResponse]
     """Follows rollouts: first their present state, then each change, until all have ended; then the server ends the stream with OK.
-    Called by algorithms. After UNAVAILABLE, call again with the last progress_revision received: nothing is missed.
-    NOT_FOUND: a rollout does not exist. OUT_OF_RANGE: the revision to resume from is no longer kept; start without one.
+    Called by algorithms. Nothing is stored up for a client that reads slowly: it gets the latest state, several changes as one.
+    After UNAVAILABLE, call again with the last progress_revision received: nothing is missed.
+    NOT_FOUND: a rollout does not exist. OUT_OF_RANGE: the store cannot go on from that revision; start without one.
     """
     StreamSpans: _grpc.StreamStreamMultiCallable[_store_service_pb2.StreamSpansRequest, _store_service_pb2.StreamSpansResponse]
     """Carries spans up and acknowledgements down. Called by runners and tracers for as long as they run. The client opens a session,
@@ -258,8 +259,9 @@ class LightningStoreServiceAsyncStub(LightningStoreServiceStub):
     """Finds workers. Called by algorithms and viewers."""
     WatchRollouts: _aio.UnaryStreamMultiCallable[_store_service_pb2.WatchRolloutsRequest, _store_service_pb2.WatchRolloutsResponse]  # type: ignore[assignment]
     """Follows rollouts: first their present state, then each change, until all have ended; then the server ends the stream with OK.
-    Called by algorithms. After UNAVAILABLE, call again with the last progress_revision received: nothing is missed.
-    NOT_FOUND: a rollout does not exist. OUT_OF_RANGE: the revision to resume from is no longer kept; start without one.
+    Called by algorithms. Nothing is stored up for a client that reads slowly: it gets the latest state, several changes as one.
+    After UNAVAILABLE, call again with the last progress_revision received: nothing is missed.
+    NOT_FOUND: a rollout does not exist. OUT_OF_RANGE: the store cannot go on from that revision; start without one.
     """
     StreamSpans: _aio.StreamStreamMultiCallable[_store_service_pb2.StreamSpansRequest, _store_service_pb2.StreamSpansResponse]  # type: ignore[assignment]
     """Carries spans up and acknowledgements down. Called by runners and tracers for as long as they run. The client opens a session,
@@ -538,8 +540,9 @@ class LightningStoreServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_store_service_pb2.WatchRolloutsResponse], _abc.AsyncIterator[_store_service_pb2.WatchRolloutsResponse]]:
         """Follows rollouts: first their present state, then each change, until all have ended; then the server ends the stream with OK.
-        Called by algorithms. After UNAVAILABLE, call again with the last progress_revision received: nothing is missed.
-        NOT_FOUND: a rollout does not exist. OUT_OF_RANGE: the revision to resume from is no longer kept; start without one.
+        Called by algorithms. Nothing is stored up for a client that reads slowly: it gets the latest state, several changes as one.
+        After UNAVAILABLE, call again with the last progress_revision received: nothing is missed.
+        NOT_FOUND: a rollout does not exist. OUT_OF_RANGE: the store cannot go on from that revision; start without one.
         """
 
     @_abc_1.abstractmethod

@@ -78,7 +78,13 @@ class LookAgain:
     """Changes that other servers made may have gone unnoticed."""
 
 
-Notice = RolloutNotice | ResourcesNotice | LookAgain
+@dataclass(frozen=True)
+class UntoldNotice:
+    """Other servers may have changed rollouts in ways of which no `RolloutNotice` tells: who watches some has to look
+    at them."""
+
+
+Notice = RolloutNotice | ResourcesNotice | LookAgain | UntoldNotice
 Announce = Callable[[Notice], None]
 
 
@@ -174,6 +180,11 @@ class Persistence(ABC):
     async def change_rollout(self, rollout_id: str, transition: RolloutTransition) -> RolloutChange | None:
         """Replace a rollout by what `transition` makes of it; None if there is none. A transition that returns the
         record it was given changes nothing, its revision included."""
+
+    @abstractmethod
+    async def settled_revision(self) -> int:
+        """A revision up to which all changes are over: each of them is seen by whoever reads from now on, and none will
+        be added. It rises while changes are made, to the highest there is or to a little below."""
 
     @abstractmethod
     async def claim_rollouts(self, limit: int, transition: ClaimTransition) -> list[RolloutChange]:

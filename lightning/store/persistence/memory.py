@@ -134,6 +134,10 @@ class MemoryPersistence(Persistence):
             entries = ((rollout_id, self._rollouts.get(rollout_id)) for rollout_id in rollout_ids)
             return {rollout_id: entry.record for rollout_id, entry in entries if entry is not None}
 
+    async def settled_revision(self) -> int:
+        with self._lock:
+            return self._revision
+
     async def get_rollout_of_attempt(self, attempt_id: str) -> RolloutRecord | None:
         with self._lock:
             entry = self._by_attempt.get(attempt_id)

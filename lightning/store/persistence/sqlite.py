@@ -161,6 +161,10 @@ class SQLitePersistence(Persistence):
         few = len(wanted) <= _MAX_LOOKUPS_AT_ONCE
         return await (self._look if few else self._search)(lambda connection: _by_id(connection, wanted))
 
+    async def settled_revision(self) -> int:
+        counters = await self._look(lambda connection: dict(select(connection, "counters")))
+        return int(counters.get("revision", 0))
+
     async def get_rollout_of_attempt(self, attempt_id: str) -> RolloutRecord | None:
         if not is_text(attempt_id):
             return None

@@ -28,6 +28,7 @@ from lightning.testing.contract.sequence_ids import SequenceIdContract
 from lightning.testing.contract.spans import SpanContract
 from lightning.testing.contract.updates import UpdateContract
 from lightning.testing.contract.waiting import WaitingContract
+from lightning.testing.contract.watching import ResumedWatchContract, WatchContract
 from lightning.testing.contract.workers import WorkerContract
 
 
@@ -49,6 +50,7 @@ class TimelessContractSuite(
     PayloadContract,
     WorkerContract,
     WaitingContract,
+    WatchContract,
 ):
     """All of the contract that holds while no time passes: what the two suites have in common."""
 
@@ -79,6 +81,7 @@ __all__ = [
     "RealTimeContract",
     "ResourcesContract",
     "ResourcesQueryContract",
+    "ResumedWatchContract",
     "RolloutContract",
     "RolloutQueryContract",
     "RunnerContract",
@@ -91,6 +94,7 @@ __all__ = [
     "UpdateContract",
     "WaitLimitContract",
     "WaitingContract",
+    "WatchContract",
     "WorkerContract",
     "WorkerQueryContract",
 ]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import aclosing
+from typing import Any
 
 from lightning.store.contract import LightningStore
 from lightning.testing.clock import FakeClock
@@ -16,6 +18,7 @@ from lightning.testing.contract.deadlines import (
     gone_silent,
 )
 from lightning.testing.contract.workers import worker_of
+from lightning.testing.records import make_span
 from lightning.types import (
     AttemptedRollout,
     AttemptRef,
@@ -117,6 +120,21 @@ class HeartbeatContract(ClockedTheme):
         for worker_id in ("w-busy", "w-idle"):
             await store.update_worker(worker_id)
         assert [worker.status for worker in await store.query_workers()] == ["busy", "idle"]
+
+    async def test_a_heartbeat_is_no_news(self, store: LightningStore, clock: FakeClock) -> None:
+        started = await store.start_rollout("task", worker_id="w-1")
+        await store.add_span(make_span(started))
+        async with aclosing(store.watch_rollouts(rollout_ids=[started.rollout_id])) as events:
+            assert (await self.soon(anext(events))).rollout.status == "running"
+            following = asyncio.ensure_future(anext(events))
+            for _ in range(3):
+                clock.advance(1.0)
+                await store.add_span(make_span(started))
+                await store.update_worker("w-1")
+            await until_idle(store)
+            await store.update_attempt(started.rollout_id, "latest", metadata={"half": "done"})
+            event: Any = await self.soon(following)
+            assert event.rollout.attempt.metadata == {"half": "done"}
 
 
 class RunnerContract(ClockedTheme):

@@ -10,6 +10,9 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Sequence
+from datetime import timedelta
+
+from bson import Timestamp
 
 from lightning.store.persistence.abc import (
     Announce,
@@ -22,7 +25,7 @@ from lightning.store.persistence.abc import (
     WorkerTransition,
 )
 from lightning.store.persistence.mongo.connection import Document, MongoConnection, MongoSettings
-from lightning.store.persistence.mongo.documents import ChangeTokens, RolloutForm, WorkerForm
+from lightning.store.persistence.mongo.documents import ChangeTokens, RolloutForm, WorkerForm, number
 from lightning.store.persistence.mongo.housekeeping import MongoHousekeeping
 from lightning.store.persistence.mongo.intents import MongoIntents
 from lightning.store.persistence.mongo.payloads import MongoPayloads
@@ -33,7 +36,7 @@ from lightning.store.persistence.mongo.schema import ROLLOUTS, WORKERS, prepare,
 from lightning.store.persistence.mongo.search import find_rollouts
 from lightning.store.persistence.mongo.spans import MongoSpans
 from lightning.store.persistence.mongo.totals import count_totals
-from lightning.store.persistence.mongo.watch import watch
+from lightning.store.persistence.mongo.watch import OVERLAP_SECONDS, watch
 from lightning.store.queries import RolloutQuery
 from lightning.store.records import ResourcesRecord, RolloutRecord, SpanReceipt, SpanRecord, WorkerRecord
 
@@ -147,6 +150,11 @@ class MongoPersistence(Persistence):
 
     async def get_rollouts(self, rollout_ids: Sequence[str]) -> dict[str, RolloutRecord]:
         return await self._session.rollouts.get_many(rollout_ids)
+
+    async def settled_revision(self) -> int:
+        connection = self._session.connection
+        answer = await connection.run(lambda: connection.database.command("hello"))
+        return number(Timestamp(answer["localTime"] - timedelta(seconds=OVERLAP_SECONDS), 0))
 
     async def get_rollout_of_attempt(self, attempt_id: str) -> RolloutRecord | None:
         if not is_text(attempt_id):

@@ -260,6 +260,8 @@ class RolloutForm:
     ) -> Document:
         edit = _Edit()
         edit.tick["revision"] = _TICK
+        if lifecycle.visible(before) != lifecycle.visible(after):
+            edit.tick["changed"] = _TICK  # for the change streams of other servers
         for name in ("status", "start_time", "end_time", "mode", "resources_id"):
             if getattr(after, name) != getattr(before, name):
                 edit.set[name] = getattr(after, name)

@@ -19,6 +19,7 @@ from lightning.store.persistence.abc import (
     Notice,
     ResourcesNotice,
     RolloutNotice,
+    UntoldNotice,
 )
 from lightning.store.persistence.mongo.connection import Document, MongoConnection
 from lightning.store.persistence.mongo.documents import ChangeTokens
@@ -31,9 +32,11 @@ _LOOK_SECONDS = 0.1
 """How often to look where there is no change stream, as long as somebody waits."""
 _IDLE_LOOK_SECONDS = 1.0
 """The same while nobody does: a worker between two calls for its commands is to get what came meanwhile."""
+_UNTOLD_SECONDS = 1.0
+"""How often who watches rollouts looks for changes that no index tells of: other than entering the queue and ending."""
 _LOOK_SHARE = 0.1
 """Looking may take no more than this part of the time."""
-_OVERLAP_SECONDS = 1
+OVERLAP_SECONDS = 1
 """How far back a look goes: of two changes made at once, the one with the later number may be seen first."""
 
 
@@ -91,7 +94,7 @@ def _pipeline(partition: str, tokens: ChangeTokens) -> list[Document]:
                         f"{updated}.change": by_others,
                         "$or": [
                             {f"{updated}.{field}": {"$exists": True}}
-                            for field in ("queue", "finished", "status")
+                            for field in ("queue", "finished", "changed")
                         ],
                     },
                 ],
@@ -109,14 +112,17 @@ def _read_event(event: Document) -> Iterator[Notice]:
     if event["ns"]["coll"] == RESOURCES:
         yield ResourcesNotice(key["resources_id"], key["version"])
     elif event["operationType"] == "insert":
-        yield _rollout_notice(key["rollout_id"], event["fullDocument"], event["fullDocument"]["attempts"])
+        document = event["fullDocument"]
+        yield _rollout_notice(key["rollout_id"], document, document["attempts"], changed=False)
     else:
         updated: dict[str, Any] = event["updateDescription"]["updatedFields"]
         attempts = [value for name, value in updated.items() if name.startswith("attempts.")]
-        yield _rollout_notice(key["rollout_id"], updated, attempts)
+        yield _rollout_notice(key["rollout_id"], updated, attempts, changed="changed" in updated)
 
 
-def _rollout_notice(rollout_id: str, fields: Document, attempts: Iterable[Any]) -> RolloutNotice:
+def _rollout_notice(
+    rollout_id: str, fields: Document, attempts: Iterable[Any], *, changed: bool
+) -> RolloutNotice:
     released = tuple(
         lifecycle.Hold(
             attempt["worker_id"],
@@ -129,7 +135,11 @@ def _rollout_notice(rollout_id: str, fields: Document, attempts: Iterable[Any]) 
         and attempt["status"] in TERMINAL_ATTEMPT_STATUSES
     )
     effects = lifecycle.Effects(
-        entered_queue="queue" in fields, finished="finished" in fields, acquired=(), released=released
+        entered_queue="queue" in fields,
+        finished="finished" in fields,
+        acquired=(),
+        released=released,
+        changed=changed,
     )
     return RolloutNotice(rollout_id, effects)
 
@@ -148,7 +158,8 @@ async def _look_around(
     for feed in feeds:
         await feed.start()
     announce(LookAgain())
-    looked, pause = time.monotonic(), _LOOK_SECONDS
+    looked = told = time.monotonic()
+    pause = _LOOK_SECONDS
     while True:
         await asyncio.sleep(pause)
         began = time.monotonic()
@@ -157,6 +168,9 @@ async def _look_around(
                 for document in await feed.news():
                     announce(_read_news(document, feed.field))
             looked = time.monotonic()
+            if looked - told >= _UNTOLD_SECONDS:
+                announce(UntoldNotice())
+                told = looked
             pause = max(_LOOK_SECONDS, (looked - began) / _LOOK_SHARE)
 
 
@@ -164,7 +178,7 @@ def _read_news(document: Document, field: str) -> Notice:
     key = document["_id"]
     if field == "ordinal":
         return ResourcesNotice(key["resources_id"], key["version"])
-    return _rollout_notice(key["rollout_id"], {field: document[field]}, document["attempts"])
+    return _rollout_notice(key["rollout_id"], {field: document[field]}, document["attempts"], changed=True)
 
 
 class _Feed:
@@ -189,7 +203,7 @@ class _Feed:
 
     async def news(self) -> list[Document]:
         """What came since the last call."""
-        start = Timestamp(max(self._position.time - _OVERLAP_SECONDS, 0), 0)
+        start = Timestamp(max(self._position.time - OVERLAP_SECONDS, 0), 0)
         found = await self._connection.run(lambda: self._find(start).sort(self.field, 1).to_list())
         news = [document for document in found if document[self.field] not in self._seen]
         self._seen = {document[self.field] for document in found}
