@@ -6,114 +6,62 @@ import argparse
 import asyncio
 import sys
 import time
-from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from benchmarks import e2e, engines, flat, growth, idle, memory, peer, report, restart, store, stream
+from benchmarks import peer, report
 from benchmarks.figures import Section, load, save, short
+from benchmarks.parts import Part, parts
 from benchmarks.servers import CACHE, ROOT
 
-Step = Callable[[str], None]
-Measure = Callable[[Step], Coroutine[Any, Any, Section]]
+_EXIT_MISSED = 1
+_EXIT_USAGE = 2
 
 
-@dataclass(frozen=True)
-class Part:
-    """What can be run by its name."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure what is asked for, and write it down as it comes.
 
-    about: str
-    full: Measure
-    quick: Measure
-    with_peer: bool = False
-    by_default: bool = True
-
-
-PARTS = {
-    "store": Part(
-        "calls, beside the peer and the bare transport",
-        lambda step: store.measure(3, 2000, step),
-        lambda step: store.measure(1, 400, step),
-        with_peer=True,
-    ),
-    "stream": Part(
-        "spans by stream, beside protobuf alone",
-        lambda step: stream.measure(5, 40_000, step),
-        lambda step: stream.measure(1, 4_000, step),
-    ),
-    "e2e": Part(
-        "a training job over 8 runner processes, beside the peer",
-        lambda step: e2e.measure(512, 20, step),
-        lambda step: e2e.measure(64, 3, step),
-        with_peer=True,
-    ),
-    "memory": Part(
-        "memory per span, beside the peer",
-        lambda step: memory.measure(64_000, step),
-        lambda step: memory.measure(6_400, step),
-        with_peer=True,
-    ),
-    "idle": Part(
-        "a thousand connected workers without work",
-        lambda step: idle.measure(1000, 40.0, step),
-        lambda step: idle.measure(50, 2.0, step),
-    ),
-    "engines": Part(
-        "the verbs on each backend, without gRPC",
-        lambda step: engines.measure(3, 4_000, step),
-        lambda step: engines.measure(1, 200, step),
-    ),
-    "restart": Part(
-        "how soon a server answers on a large file",
-        lambda step: restart.measure(100_000, 10, 5, step),
-        lambda step: restart.measure(2_000, 10, 2, step),
-    ),
-    "flat": Part(
-        "what calls cost with a million rollouts stored",
-        lambda step: flat.measure([1_000, 10_000, 100_000, 1_000_000], 9, 300, step),
-        lambda step: flat.measure([1_000, 20_000], 3, 100, step),
-    ),
-    "growth": Part(
-        "curves over clients, batches, span sizes and workers",
-        lambda step: growth.measure(1.0, 1.0, 2, step),
-        lambda step: growth.measure(0.02, 0.2, 1, step),
-        by_default=False,
-    ),
-}
-
-
-def main() -> int:
-    """Measure what is asked for, and write it down. Returns the exit status: 1 if a threshold was missed."""
-    arguments = _parser().parse_args()
-    unknown = [name for name in arguments.parts if name not in PARTS]
-    if unknown:
-        print(
-            f"scripts/bench: no part is called {unknown[0]!r}; there are {', '.join(PARTS)}", file=sys.stderr
+    Returns:
+        The exit status: 1 if a threshold was missed or a part could not be measured.
+    """
+    given = _parser().parse_args(arguments)
+    known = parts(given.minutes)
+    unknown = [name for name in given.parts if name not in known]
+    if unknown or (given.minutes is not None and not given.minutes > 0):
+        wrong = (
+            f"no part is called {unknown[0]!r}; there are {', '.join(known)}"
+            if unknown
+            else f"--minutes must be a positive number, not {given.minutes:g}"
         )
-        return 2
-    parts = arguments.parts or [name for name, part in PARTS.items() if part.by_default]
+        print(f"scripts/bench: {wrong}", file=sys.stderr)
+        return _EXIT_USAGE
     console = Console()
-    figures = CACHE / "quick" if arguments.quick else ROOT / "docs" / "benchmarks" / "figures"
-    target = CACHE / "quick" / "benchmarks.md" if arguments.quick else ROOT / "docs" / "benchmarks.md"
-    try:
-        sections = [_measure(name, arguments.quick, console) for name in parts]
-    except RuntimeError as error:
-        console.print(f"scripts/bench: {error}", style="red", markup=False)
-        return 1
-    for section in sections:
+    folder = CACHE / "quick" if given.quick else ROOT / "docs"
+    figures = folder / "benchmarks" / "figures"
+    target = folder / "benchmarks.md"
+    good = True
+    for name in given.parts or [name for name, part in known.items() if part.by_default]:
+        try:
+            section = _measure(name, known[name], given.quick, console)
+        except RuntimeError as error:
+            console.print(f"scripts/bench: {name}: {error}", style="red", markup=False)
+            good = False
+            continue
+        good = good and all(check.met for row in section.rows for check in row.checks)
         save(section, figures)
-    known = [found for name in PARTS if (found := load(name, figures)) is not None]
-    report.write(known, target)
-    console.print(f"written: {target.relative_to(ROOT)}", markup=False)
-    return 0 if all(check.met for section in sections for row in section.rows for check in row.checks) else 1
+        report.write([found for name in known if (found := load(name, figures)) is not None], target)
+    if target.exists():
+        console.print(f"written: {target.relative_to(ROOT)}", markup=False)
+    return 0 if good else _EXIT_MISSED
 
 
 def _parser() -> argparse.ArgumentParser:
-    lines = "\n".join(f"  {name:<9}{part.about}" for name, part in PARTS.items())
+    known = parts()
+    lines = "\n".join(f"  {name:<9}{part.about}" for name, part in known.items())
+    asked = " and ".join(name for name, part in known.items() if not part.by_default)
     parser = argparse.ArgumentParser(
         prog="scripts/bench",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -121,15 +69,18 @@ def _parser() -> argparse.ArgumentParser:
         f"docs/benchmarks.md.\n\nparts:\n{lines}",
         epilog="The exit status is 1 if a threshold was missed.",
     )
-    parser.add_argument("parts", nargs="*", metavar="PART", help="what to measure; everything by default")
+    parser.add_argument(
+        "parts", nargs="*", metavar="PART", help=f"what to measure; by default everything but {asked}"
+    )
     parser.add_argument(
         "--quick", action="store_true", help="a short trial run, written to .bench/quick instead of docs/"
     )
+    parser.add_argument("--minutes", type=float, help="how long the soak is, by default 20")
     return parser
 
 
-def _measure(name: str, quick: bool, console: Console) -> Section:
-    part = PARTS[name]
+def _measure(name: str, part: Part, quick: bool, console: Console) -> Section:
+    started = time.monotonic()
     with Progress(
         SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console
     ) as progress:
@@ -138,11 +89,10 @@ def _measure(name: str, quick: bool, console: Console) -> Section:
         def step(what: str) -> None:
             progress.update(task, description=f"{name}: {what}")
             if not console.is_terminal:
-                console.print(f"{name}: {what}", markup=False)
+                console.print(f"{time.monotonic() - started:5.0f} s  {name}: {what}", markup=False)
 
         if part.with_peer and not (CACHE / "peer" / "installed").exists():
             step(f"installing {peer.PEER} in .bench/peer, once")
-        started = time.monotonic()
         section = asyncio.run((part.quick if quick else part.full)(step))
         progress.update(task, description=name, total=1, completed=1)
     section.when = report.now()
@@ -161,7 +111,8 @@ def _show(section: Section, console: Console) -> None:
     if section.rows:
         console.print(table)
     for curve in section.curves:
-        console.print(f"{curve.name}: {curve.remark}", markup=False)
+        if curve.remark:
+            console.print(f"{curve.name}: {curve.remark}", markup=False)
 
 
 if __name__ == "__main__":

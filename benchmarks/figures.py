@@ -50,6 +50,8 @@ class Curve:
     y: str
     series: dict[str, list[tuple[float, float]]]
     remark: str = ""
+    linear: bool = False
+    """Whether its axes are linear; both are logarithmic otherwise."""
 
 
 @dataclass

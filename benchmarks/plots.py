@@ -14,14 +14,18 @@ _HEIGHT_INCHES = 3.6
 
 
 def draw(curve: Curve, target: Path) -> None:
-    """Draw a curve with both axes logarithmic; the same figures make the same file."""
+    """Draw a curve; the same figures make the same file."""
     with mpl.rc_context({"svg.hashsalt": curve.name, "svg.fonttype": "none"}):
         figure = Figure(figsize=(_WIDTH_INCHES, _HEIGHT_INCHES), layout="constrained")
         axes = figure.subplots()
         for name, points in curve.series.items():
-            axes.plot([x for x, _ in points], [y for _, y in points], marker="o", markersize=3, label=name)
-        axes.set_xscale("log")
-        axes.set_yscale("log")
+            marker = None if curve.linear else "o"
+            axes.plot([x for x, _ in points], [y for _, y in points], marker=marker, markersize=3, label=name)
+        if curve.linear:
+            axes.set_ylim(bottom=0)
+        else:
+            axes.set_xscale("log")
+            axes.set_yscale("log")
         axes.set_xlabel(curve.x)
         axes.set_ylabel(curve.y)
         axes.grid(visible=True, which="major", alpha=0.3)

@@ -86,12 +86,12 @@ async def end(process: asyncio.subprocess.Process) -> None:
 
 
 @asynccontextmanager
-async def ours(backend: str = "memory") -> AsyncIterator[Served]:
+async def ours(backend: str = "memory", *options: str) -> AsyncIterator[Served]:
     """This project's server, started as a user starts it; `sqlite` is on a file of its own."""
     port = free_port()
     with tempfile.TemporaryDirectory(dir=scratch()) as folder:
         url = f"sqlite:{folder}/bench.db" if backend == "sqlite" else backend
-        async with serving(*store_command(url, port), port=port) as served:
+        async with serving(*store_command(url, port, *options), port=port) as served:
             yield served
 
 

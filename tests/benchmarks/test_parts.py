@@ -5,14 +5,23 @@ from __future__ import annotations
 import asyncio
 import sys
 
+import pytest
 from lightningpb.v1 import span_pb2
 
 import lightning
 from benchmarks import engines, flat, growth, idle, restart, stream
+from benchmarks.__main__ import main
 from benchmarks.servers import ours, run
 from benchmarks.shared.store_bench import spans_of
 from benchmarks.streaming import fill
 from lightning import codec
+
+
+def test_parts_can_be_chosen_and_nonsense_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sote"]) == 2
+    assert "no part is called 'sote'; there are store, stream," in capsys.readouterr().err
+    assert main(["soak", "--minutes", "-1"]) == 2
+    assert "--minutes must be a positive number" in capsys.readouterr().err
 
 
 def _ignore(_: str) -> None:
