@@ -6,8 +6,9 @@ import asyncio
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
+from functools import partial
 from typing import Any, TypeVar
 
 from lightning.store import lifecycle
@@ -144,10 +145,11 @@ class EngineCore(LightningStore):
                 change = await self._persistence.change_rollout(
                     rollout_id,
                     lambda record, now=now: lifecycle.expire(record, now),  # type: ignore[misc]
+                    partial(lifecycle.settle, now=now),
                 )
                 if change is not None:
                     self._expired_attempts.update(lifecycle.closed_attempts(change.before, change.after))
-                    await self._tell(change.before, change.after, now, interrupt=True)
+                    self._tell(change.before, change.after, interrupt=True)
             if len(due) < _EXPIRE_BATCH:
                 return await self._persistence.first_deadline()
 
@@ -176,10 +178,12 @@ class EngineCore(LightningStore):
             return mark_applied(transition(record), digest)
 
         async def change_and_tell() -> RolloutChange:
-            change = await self._persistence.change_rollout(rollout_id, once)
+            change = await self._persistence.change_rollout(
+                rollout_id, once, partial(lifecycle.settle, now=now)
+            )
             if change is None:
                 raise await self._unknown(rollout_id)
-            await self._tell(change.before, change.after, now, interrupt=interrupt)
+            self._tell(change.before, change.after, interrupt=interrupt)
             return change
 
         return await self._complete(change_and_tell())
@@ -196,53 +200,20 @@ class EngineCore(LightningStore):
         task.add_done_callback(self._steps.discard)
         return await asyncio.shield(task)
 
-    async def _tell_all(
-        self, pairs: Iterable[tuple[RolloutRecord | None, RolloutRecord]], now: float
-    ) -> None:
-        for before, after in pairs:
-            await self._tell(before, after, now)
-
-    async def _tell(
-        self, before: RolloutRecord | None, after: RolloutRecord, now: float, *, interrupt: bool = False
-    ) -> None:
+    def _tell(self, before: RolloutRecord | None, after: RolloutRecord, *, interrupt: bool = False) -> None:
         """Let everybody know what a change means to them.
 
         Args:
             before: The rollout's record before the change; None if it is new.
             after: The record since.
-            now: The time.
             interrupt: Whether a worker that lost an attempt by this change does not know it yet.
         """
         effects = lifecycle.effects(before, after)
-        if effects.released or effects.acquired:
-            await self._settle_workers(after, effects, now)
         if interrupt:
             for hold in effects.released:
                 self._interrupt(hold)
         self._watchdog.watch(lifecycle.next_deadline(after))
         self._publish(after.rollout_id, effects)
-
-    async def _settle_workers(self, record: RolloutRecord, effects: lifecycle.Effects, now: float) -> None:
-        """Let the leases of workers follow a rollout's record.
-
-        They are records of their own, so two changes to the rollout may reach them in the wrong order. Whoever made one
-        looks again afterwards, and makes good what the record has become since; so the last to do so leaves the truth.
-        """
-        while effects.released or effects.acquired:
-            for hold in effects.released:
-                await self._persistence.change_worker(
-                    hold.worker_id,
-                    lambda worker, hold=hold: lifecycle.release(worker, hold, now),  # type: ignore[misc]
-                )
-            for hold in effects.acquired:
-                await self._persistence.change_worker(
-                    hold.worker_id,
-                    lambda worker, hold=hold: lifecycle.acquire(worker, hold.lease, now),  # type: ignore[misc]
-                )
-            current = await self._persistence.get_rollout(record.rollout_id)
-            if current is None or current.revision == record.revision:
-                return
-            effects, record = lifecycle.effects(record, current), current
 
     def _hear(self, notice: Notice) -> None:
         """Let those who wait on this server know what another one did."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lightning.store import lifecycle
@@ -27,7 +28,7 @@ from lightning.store.arguments import (
 )
 from lightning.store.core import QUEUE
 from lightning.store.idempotency import applied_value, current_request, id_source, mark_applied, new_ids
-from lightning.store.persistence.abc import AttemptTakenError, RolloutChange
+from lightning.store.persistence.abc import AttemptTakenError, RolloutChange, WorkerTransition
 from lightning.store.queries import check_wait
 from lightning.store.reading import ReadingVerbs, as_worker
 from lightning.store.records import (
@@ -35,6 +36,7 @@ from lightning.store.records import (
     RolloutRecord,
     SpanReceipt,
     SpanRecord,
+    WorkerRecord,
     encode_metadata,
     encode_resources,
 )
@@ -119,8 +121,9 @@ class StoreEngine(ReadingVerbs):
         return [record.to_rollout() for record in records]
 
     async def _insert(self, records: Sequence[RolloutRecord], now: float) -> Sequence[RolloutRecord]:
-        stored = await self._persistence.insert_rollouts(records)
-        await self._tell_all([(None, record) for record in stored], now)
+        stored = await self._persistence.insert_rollouts(records, partial(lifecycle.settle, now=now))
+        for record in stored:
+            self._tell(None, record)
         return stored
 
     async def dequeue_rollout(self, worker_id: str | None = None) -> AttemptedRollout | None:
@@ -177,13 +180,21 @@ class StoreEngine(ReadingVerbs):
         def begin(record: RolloutRecord, taken: int) -> RolloutRecord:
             return lifecycle.begin_attempt(record, attempt_id(taken), worker_id, instance_id, now)
 
+        def dequeued(worker: WorkerRecord) -> WorkerRecord:
+            return replace(worker, last_dequeue_time=now)
+
+        def settle(
+            before: RolloutRecord | None, after: RolloutRecord
+        ) -> Iterable[tuple[str, WorkerTransition]]:
+            settled = lifecycle.settle(before, after, now)
+            return settled if worker_id is None else [(worker_id, dequeued), *settled]
+
         async def claim_and_tell() -> list[RolloutChange]:
-            changes = await self._persistence.claim_rollouts(limit, begin)
-            if worker_id is not None:
-                await self._persistence.change_worker(
-                    worker_id, lambda worker: replace(worker, last_dequeue_time=now)
-                )
-            await self._tell_all([(change.before, change.after) for change in changes], now)
+            changes = await self._persistence.claim_rollouts(limit, begin, settle)
+            if worker_id is not None and not changes:
+                await self._persistence.change_worker(worker_id, dequeued)
+            for change in changes:
+                self._tell(change.before, change.after)
             return changes
 
         try:
@@ -301,11 +312,12 @@ class StoreEngine(ReadingVerbs):
             attempt_id,
             spans,
             lambda record, fresh: lifecycle.receive_spans(record, attempt_id, fresh, now),
+            partial(lifecycle.settle, now=now),
         )
         if result is None:
             raise await self._unknown(rollout_id)
         change, receipts = result
-        await self._tell(change.before, change.after, now)
+        self._tell(change.before, change.after)
         return receipts
 
     async def add_otel_span(

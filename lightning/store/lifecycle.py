@@ -18,8 +18,9 @@ rollout   queuing ──claim──▶ preparing ──▶ running ──▶ suc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from lightning.store.contract import TERMINAL_ATTEMPT_STATUSES, TERMINAL_ROLLOUT_STATUSES, UnknownIdError
@@ -366,6 +367,21 @@ def _holds(record: RolloutRecord | None) -> dict[tuple[str, str], Hold]:
 
 
 # --- Workers ----------------------------------------------------------------------------------------------------
+
+
+def settle(
+    before: RolloutRecord | None, after: RolloutRecord, now: float
+) -> list[tuple[str, Callable[[WorkerRecord], WorkerRecord]]]:
+    """What a rollout's change (`before` is None for a new one) makes of the workers that hold its attempts: their ids,
+    and what is to be done to their records, which comes to the same when it is done again."""
+    happened = effects(before, after)
+    changes: list[tuple[str, Callable[[WorkerRecord], WorkerRecord]]] = [
+        (hold.worker_id, partial(release, hold=hold, now=now)) for hold in happened.released
+    ]
+    changes.extend(
+        (hold.worker_id, partial(acquire, lease=hold.lease, now=now)) for hold in happened.acquired
+    )
+    return changes
 
 
 def acquire(worker: WorkerRecord, lease: Lease, now: float) -> WorkerRecord:

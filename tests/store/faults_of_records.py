@@ -73,9 +73,11 @@ def spans_set_nothing_running(patch: Patch) -> None:
 def duplicates_are_stored(patch: Patch) -> None:
     original = MemoryPersistence.append_spans
 
-    async def append(self: Any, rollout_id: str, attempt_id: str, spans: Any, transition: Any) -> Any:
+    async def append(
+        self: Any, rollout_id: str, attempt_id: str, spans: Any, transition: Any, settle: Any = None
+    ) -> Any:
         renamed = [span._replace(span_id=uuid.uuid4().hex) for span in spans]
-        return await original(self, rollout_id, attempt_id, renamed, transition)
+        return await original(self, rollout_id, attempt_id, renamed, transition, settle)
 
     patch.setattr(MemoryPersistence, "append_spans", append)
 
@@ -84,12 +86,14 @@ def duplicates_are_stored(patch: Patch) -> None:
 def a_duplicate_replaces_the_first(patch: Patch) -> None:
     original = MemoryPersistence.append_spans
 
-    async def append(self: Any, rollout_id: str, attempt_id: str, spans: Any, transition: Any) -> Any:
+    async def append(
+        self: Any, rollout_id: str, attempt_id: str, spans: Any, transition: Any, settle: Any = None
+    ) -> Any:
         known = self._rollouts[rollout_id].spans
         for span in spans:
             if known is not None and span.span_id in known.by_attempt.get(attempt_id, {}):
                 known.by_attempt[attempt_id][span.span_id] = span
-        return await original(self, rollout_id, attempt_id, spans, transition)
+        return await original(self, rollout_id, attempt_id, spans, transition, settle)
 
     patch.setattr(MemoryPersistence, "append_spans", append)
 
@@ -98,7 +102,9 @@ def a_duplicate_replaces_the_first(patch: Patch) -> None:
 def late_spans_are_thrown_away(patch: Patch) -> None:
     original = MemoryPersistence.append_spans
 
-    async def append(self: Any, rollout_id: str, attempt_id: str, spans: Any, transition: Any) -> Any:
+    async def append(
+        self: Any, rollout_id: str, attempt_id: str, spans: Any, transition: Any, settle: Any = None
+    ) -> Any:
         attempt = self._rollouts[rollout_id].record.find_attempt(attempt_id)
         kept = spans if lifecycle.is_open(attempt) else []
         change, receipts = await original(self, rollout_id, attempt_id, kept, transition)

@@ -21,9 +21,9 @@ from lightning.store.watchdog import Watchdog
 
 @caught_by("test_the_oldest_comes_first", "test_many_enqueued_at_once_come_in_their_order")
 def the_newest_is_handed_out_first(patch: Patch) -> None:
-    async def claim(self: Any, limit: int, transition: Any) -> Any:
+    async def claim(self: Any, limit: int, transition: Any, settle: Any = None) -> Any:
         heads = list(islice(reversed(self._queue.values()), limit))
-        return [self._replace(entry, transition(entry.record, n)) for n, entry in enumerate(heads)]
+        return [self._replace(entry, transition(entry.record, n), settle) for n, entry in enumerate(heads)]
 
     patch.setattr(MemoryPersistence, "claim_rollouts", claim)
 
@@ -32,8 +32,8 @@ def the_newest_is_handed_out_first(patch: Patch) -> None:
 def a_claimed_rollout_stays_in_the_queue(patch: Patch) -> None:
     original = MemoryPersistence.claim_rollouts
 
-    async def claim(self: Any, limit: int, transition: Any) -> Any:
-        changes = await original(self, limit, transition)
+    async def claim(self: Any, limit: int, transition: Any, settle: Any = None) -> Any:
+        changes = await original(self, limit, transition, settle)
         for change in changes:
             self._queue.pop(change.after.rollout_id, None)
             if len(change.after.attempts) == 1:
@@ -82,8 +82,8 @@ def what_leaves_the_queue_is_handed_out_all_the_same(patch: Patch) -> None:
         if was_in:
             self._queue[entry.record.rollout_id] = entry
 
-    async def take_out(self: Any, limit: int, transition: Any) -> Any:
-        changes = await claim(self, limit, transition)
+    async def take_out(self: Any, limit: int, transition: Any, settle: Any = None) -> Any:
+        changes = await claim(self, limit, transition, settle)
         for change in changes:
             self._queue.pop(change.after.rollout_id, None)
         return changes

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import partial
 from typing import Any
 
 from hypothesis import strategies as st
@@ -68,7 +69,7 @@ class Insert(Operation):
                 lifecycle.begin_attempt(record, f"at-{number}-{index}", "w1", None, record.start_time)
                 for index, record in enumerate(records)
             ]
-        return await backend.insert_rollouts(records)
+        return await backend.insert_rollouts(records, partial(lifecycle.settle, now=1.0))
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class Claim(Operation):
                 raise ValueError(f"refused {record.rollout_id} as number {taken}")
             return lifecycle.begin_attempt(record, f"at-{number}-{taken}", "w1", "i1", self.now)
 
-        return await backend.claim_rollouts(self.limit, begin)
+        return await backend.claim_rollouts(self.limit, begin, partial(lifecycle.settle, now=self.now))
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,7 @@ class UpdateAttempt(Operation):
         return await backend.change_rollout(
             self.rollout_id,
             lambda record: lifecycle.update_attempt(record, "latest", self.changes, self.now),
+            partial(lifecycle.settle, now=self.now),
         )
 
 
@@ -158,7 +160,11 @@ class Expire(Operation):
             assert record is not None
             due.append(lifecycle.next_deadline(record))  # whose turn it is, of two at a time, is not agreed
         for rollout_id in sorted(everything):
-            await backend.change_rollout(rollout_id, lambda record: lifecycle.expire(record, self.now))
+            await backend.change_rollout(
+                rollout_id,
+                lambda record: lifecycle.expire(record, self.now),
+                partial(lifecycle.settle, now=self.now),
+            )
         return sorted(everything), due
 
 
@@ -181,7 +187,9 @@ class Append(Operation):
             return lifecycle.receive_spans(record, attempt_id, fresh, self.now)
 
         spans = [SpanRecord(attempt_id, *span) for span in self.spans]
-        return await backend.append_spans(self.rollout_id, attempt_id, spans, receive)
+        return await backend.append_spans(
+            self.rollout_id, attempt_id, spans, receive, partial(lifecycle.settle, now=self.now)
+        )
 
 
 @dataclass(frozen=True)

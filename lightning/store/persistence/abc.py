@@ -8,12 +8,16 @@ must pass on what the transition raises, having changed nothing.
 Three facts about a record are derived, never decided, by a backend, so that its indexes agree with the record:
 `lifecycle.is_queued` (the queue holds exactly those, in the order in which they entered it), `lifecycle.next_deadline`
 and `lifecycle.is_finished`.
+
+The records of workers tell which attempts they hold, and so follow the rollouts'. What becomes of them is decided by
+the `settle` that comes with a change; a backend makes it true in the same step if it can, and otherwise before it
+returns.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from lightning.store.lifecycle import Effects
@@ -24,6 +28,9 @@ RolloutTransition = Callable[[RolloutRecord], RolloutRecord]
 ClaimTransition = Callable[[RolloutRecord, int], RolloutRecord]
 """As `RolloutTransition`, told also how many rollouts this claim took before."""
 WorkerTransition = Callable[[WorkerRecord], WorkerRecord]
+Settlement = Callable[[RolloutRecord | None, RolloutRecord], Iterable[tuple[str, WorkerTransition]]]
+"""From a rollout before (None: it is new) and after a change to what that makes of which workers: the same if it is
+made once more."""
 SpanTransition = Callable[[RolloutRecord, Sequence[SpanRecord]], tuple[RolloutRecord, list[int]]]
 """From the record and the spans that are new to the attempt, to the next record and the spans' sequence ids."""
 
@@ -156,7 +163,9 @@ class Persistence(ABC):
     # --- rollouts ---
 
     @abstractmethod
-    async def insert_rollouts(self, records: Sequence[RolloutRecord]) -> list[RolloutRecord]:
+    async def insert_rollouts(
+        self, records: Sequence[RolloutRecord], settle: Settlement | None = None
+    ) -> list[RolloutRecord]:
         """Store new rollouts, all or none; the queued ones enter the queue in this order. One whose id is taken is
         the repeat of a request and is left as it is stored. Returns all of them as they are stored."""
 
@@ -177,7 +186,9 @@ class Persistence(ABC):
         """The rollout that has this attempt, or None."""
 
     @abstractmethod
-    async def change_rollout(self, rollout_id: str, transition: RolloutTransition) -> RolloutChange | None:
+    async def change_rollout(
+        self, rollout_id: str, transition: RolloutTransition, settle: Settlement | None = None
+    ) -> RolloutChange | None:
         """Replace a rollout by what `transition` makes of it; None if there is none. A transition that returns the
         record it was given changes nothing, its revision included."""
 
@@ -187,7 +198,9 @@ class Persistence(ABC):
         be added. It rises while changes are made, to the highest there is or to a little below."""
 
     @abstractmethod
-    async def claim_rollouts(self, limit: int, transition: ClaimTransition) -> list[RolloutChange]:
+    async def claim_rollouts(
+        self, limit: int, transition: ClaimTransition, settle: Settlement | None = None
+    ) -> list[RolloutChange]:
         """Take up to `limit` rollouts off the head of the queue, applying `transition` to each.
 
         Raises:
@@ -215,7 +228,12 @@ class Persistence(ABC):
 
     @abstractmethod
     async def append_spans(
-        self, rollout_id: str, attempt_id: str, spans: Sequence[SpanRecord], transition: SpanTransition
+        self,
+        rollout_id: str,
+        attempt_id: str,
+        spans: Sequence[SpanRecord],
+        transition: SpanTransition,
+        settle: Settlement | None = None,
     ) -> tuple[RolloutChange, list[SpanReceipt]] | None:
         """Store those of the attempt's spans whose span id it does not have yet, and change the rollout with them.
         Returns a receipt per span, in order; None if the rollout does not exist."""

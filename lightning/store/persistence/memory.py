@@ -21,6 +21,7 @@ from lightning.store.persistence.abc import (
     Persistence,
     RolloutChange,
     RolloutTransition,
+    Settlement,
     SpansEvictedError,
     SpanTransition,
     Totals,
@@ -109,11 +110,13 @@ class MemoryPersistence(Persistence):
 
     # --- rollouts ---
 
-    async def insert_rollouts(self, records: Sequence[RolloutRecord]) -> list[RolloutRecord]:
+    async def insert_rollouts(
+        self, records: Sequence[RolloutRecord], settle: Settlement | None = None
+    ) -> list[RolloutRecord]:
         with self._lock:
-            return [self._insert(record) for record in records]
+            return [self._insert(record, settle) for record in records]
 
-    def _insert(self, record: RolloutRecord) -> RolloutRecord:
+    def _insert(self, record: RolloutRecord, settle: Settlement | None) -> RolloutRecord:
         known = self._rollouts.get(record.rollout_id)
         if known is not None:
             return known.record
@@ -122,6 +125,7 @@ class MemoryPersistence(Persistence):
         entry = _Entry(record, len(self._rollouts))
         self._rollouts[record.rollout_id] = entry
         self._index(entry, None)
+        self._settle(settle, None, record)
         return record
 
     async def get_rollout(self, rollout_id: str) -> RolloutRecord | None:
@@ -143,16 +147,20 @@ class MemoryPersistence(Persistence):
             entry = self._by_attempt.get(attempt_id)
             return None if entry is None else entry.record
 
-    async def change_rollout(self, rollout_id: str, transition: RolloutTransition) -> RolloutChange | None:
+    async def change_rollout(
+        self, rollout_id: str, transition: RolloutTransition, settle: Settlement | None = None
+    ) -> RolloutChange | None:
         with self._lock:
             entry = self._rollouts.get(rollout_id)
-            return None if entry is None else self._replace(entry, transition(entry.record))
+            return None if entry is None else self._replace(entry, transition(entry.record), settle)
 
-    async def claim_rollouts(self, limit: int, transition: ClaimTransition) -> list[RolloutChange]:
+    async def claim_rollouts(
+        self, limit: int, transition: ClaimTransition, settle: Settlement | None = None
+    ) -> list[RolloutChange]:
         with self._lock:
             heads = list(islice(self._queue.values(), limit))
             claimed = [transition(entry.record, taken) for taken, entry in enumerate(heads)]
-            return [self._replace(entry, after) for entry, after in zip(heads, claimed, strict=True)]
+            return [self._replace(entry, after, settle) for entry, after in zip(heads, claimed, strict=True)]
 
     async def find_rollouts(self, query: RolloutQuery) -> tuple[list[RolloutRecord], int]:
         page = query.page
@@ -228,13 +236,18 @@ class MemoryPersistence(Persistence):
             entry.scheduled = deadline
             heapq.heappush(self._deadlines, (deadline, next(self._tie_breaker), entry))
 
-    def _replace(self, entry: _Entry, after: RolloutRecord) -> RolloutChange:
+    def _replace(self, entry: _Entry, after: RolloutRecord, settle: Settlement | None) -> RolloutChange:
         before = entry.record
         if after is not before:
             self._revision += 1
             entry.record = after = replace(after, revision=self._revision)
             self._index(entry, before)
+            self._settle(settle, before, after)
         return RolloutChange(before, after)
+
+    def _settle(self, settle: Settlement | None, before: RolloutRecord | None, after: RolloutRecord) -> None:
+        for worker_id, transition in () if settle is None else settle(before, after):
+            self._change_worker(worker_id, transition)
 
     def _index(self, entry: _Entry, before: RolloutRecord | None) -> None:
         after = entry.record
@@ -260,7 +273,12 @@ class MemoryPersistence(Persistence):
     # --- spans ---
 
     async def append_spans(
-        self, rollout_id: str, attempt_id: str, spans: Sequence[SpanRecord], transition: SpanTransition
+        self,
+        rollout_id: str,
+        attempt_id: str,
+        spans: Sequence[SpanRecord],
+        transition: SpanTransition,
+        settle: Settlement | None = None,
     ) -> tuple[RolloutChange, list[SpanReceipt]] | None:
         with self._lock:
             entry = self._rollouts.get(rollout_id)
@@ -276,7 +294,7 @@ class MemoryPersistence(Persistence):
                 numbered = span if span.sequence_id == sequence_id else span._replace(sequence_id=sequence_id)
                 fresh[span.span_id] = numbered
             self._keep(entry, attempt_id, fresh)
-            change = self._replace(entry, after)
+            change = self._replace(entry, after, settle)
             receipts = []
             for span in spans:
                 stored = fresh.pop(span.span_id, None)
@@ -370,9 +388,12 @@ class MemoryPersistence(Persistence):
 
     async def change_worker(self, worker_id: str, transition: WorkerTransition) -> WorkerRecord:
         with self._lock:
-            before = self._workers.get(worker_id) or WorkerRecord(worker_id)
-            self._workers[worker_id] = after = transition(before)
-            return after
+            return self._change_worker(worker_id, transition)
+
+    def _change_worker(self, worker_id: str, transition: WorkerTransition) -> WorkerRecord:
+        before = self._workers.get(worker_id) or WorkerRecord(worker_id)
+        self._workers[worker_id] = after = transition(before)
+        return after
 
     async def get_worker(self, worker_id: str) -> WorkerRecord | None:
         with self._lock:

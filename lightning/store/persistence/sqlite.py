@@ -15,17 +15,17 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
-from lightning.store import lifecycle
+from lightning.store.persistence import sqlite_changes as changes
 from lightning.store.persistence import sqlite_rows as rows
 from lightning.store.persistence.abc import (
     ClaimTransition,
     Persistence,
     RolloutChange,
     RolloutTransition,
+    Settlement,
     SpanTransition,
     Totals,
     WorkerTransition,
@@ -42,18 +42,16 @@ from lightning.store.persistence.sqlite_file import (
 )
 from lightning.store.persistence.sqlite_readers import Read, ReadPool
 from lightning.store.persistence.sqlite_retention import DROPPED_ROLLOUTS, EVICTED_SPANS, RetentionKeeper
-from lightning.store.persistence.sqlite_rows import StoredRollout
 from lightning.store.persistence.sqlite_search import (
     ATTEMPT_STATUS_COUNTER,
     STATUS_COUNTER,
     find_rollouts,
     is_text,
 )
-from lightning.store.persistence.sqlite_statements import insert, select, select_many, update
+from lightning.store.persistence.sqlite_statements import select
 from lightning.store.persistence.sqlite_writer import Counters, GroupCommitWriter, Session
 from lightning.store.queries import RolloutQuery
 from lightning.store.records import (
-    AttemptRecord,
     ResourcesRecord,
     RolloutRecord,
     SpanReceipt,
@@ -150,8 +148,10 @@ class SQLitePersistence(Persistence):
 
     # --- rollouts ---
 
-    async def insert_rollouts(self, records: Sequence[RolloutRecord]) -> list[RolloutRecord]:
-        return await self._writer.submit(lambda session: _insert_rollouts(session, records))
+    async def insert_rollouts(
+        self, records: Sequence[RolloutRecord], settle: Settlement | None = None
+    ) -> list[RolloutRecord]:
+        return await self._writer.submit(lambda session: changes.insert_rollouts(session, records, settle))
 
     async def get_rollout(self, rollout_id: str) -> RolloutRecord | None:
         return (await self.get_rollouts([rollout_id])).get(rollout_id)
@@ -159,7 +159,9 @@ class SQLitePersistence(Persistence):
     async def get_rollouts(self, rollout_ids: Sequence[str]) -> dict[str, RolloutRecord]:
         wanted = [rollout_id for rollout_id in rollout_ids if is_text(rollout_id)]
         few = len(wanted) <= _MAX_LOOKUPS_AT_ONCE
-        return await (self._look if few else self._search)(lambda connection: _by_id(connection, wanted))
+        return await (self._look if few else self._search)(
+            lambda connection: rows.rollouts_by_id(connection, wanted)
+        )
 
     async def settled_revision(self) -> int:
         counters = await self._look(lambda connection: dict(select(connection, "counters")))
@@ -178,26 +180,21 @@ class SQLitePersistence(Persistence):
 
         return await self._look(read)
 
-    async def change_rollout(self, rollout_id: str, transition: RolloutTransition) -> RolloutChange | None:
+    async def change_rollout(
+        self, rollout_id: str, transition: RolloutTransition, settle: Settlement | None = None
+    ) -> RolloutChange | None:
         if not is_text(rollout_id):
             return None
+        return await self._writer.submit(
+            lambda session: changes.change_rollout(session, rollout_id, transition, settle)
+        )
 
-        def change(session: Session) -> RolloutChange | None:
-            stored = rows.rollout_by_id(session.connection, rollout_id)
-            return None if stored is None else _replace(session, stored, transition(stored.record))
-
-        return await self._writer.submit(change)
-
-    async def claim_rollouts(self, limit: int, transition: ClaimTransition) -> list[RolloutChange]:
-        def claim(session: Session) -> list[RolloutChange]:
-            heads = rows.read_rollouts(
-                session.connection,
-                select(session.connection, "head_of_queue", min(limit, _LARGEST_INTEGER)),
-            )
-            claimed = [transition(head.record, taken) for taken, head in enumerate(heads)]
-            return [_replace(session, head, after) for head, after in zip(heads, claimed, strict=True)]
-
-        return await self._writer.submit(claim)
+    async def claim_rollouts(
+        self, limit: int, transition: ClaimTransition, settle: Settlement | None = None
+    ) -> list[RolloutChange]:
+        return await self._writer.submit(
+            lambda session: changes.claim_rollouts(session, limit, transition, settle)
+        )
 
     async def why_gone(self, rollout_id: str) -> str | None:
         if not is_text(rollout_id):
@@ -231,16 +228,18 @@ class SQLitePersistence(Persistence):
     # --- spans ---
 
     async def append_spans(
-        self, rollout_id: str, attempt_id: str, spans: Sequence[SpanRecord], transition: SpanTransition
+        self,
+        rollout_id: str,
+        attempt_id: str,
+        spans: Sequence[SpanRecord],
+        transition: SpanTransition,
+        settle: Settlement | None = None,
     ) -> tuple[RolloutChange, list[SpanReceipt]] | None:
         if not is_text(rollout_id):
             return None
-
-        def append(session: Session) -> tuple[RolloutChange, list[SpanReceipt]] | None:
-            stored = rows.rollout_by_id(session.connection, rollout_id)
-            return None if stored is None else _append_spans(session, stored, attempt_id, spans, transition)
-
-        return await self._writer.submit(append)
+        return await self._writer.submit(
+            lambda session: changes.append_spans(session, rollout_id, attempt_id, spans, transition, settle)
+        )
 
     async def find_spans(self, rollout_id: str, attempt_ids: Sequence[str]) -> list[SpanRecord]:
         attempt_ids = [
@@ -264,7 +263,7 @@ class SQLitePersistence(Persistence):
     # --- resources ---
 
     async def insert_resources(self, record: ResourcesRecord) -> bool:
-        return await self._writer.submit(lambda session: _insert_resources(session, record))
+        return await self._writer.submit(lambda session: changes.insert_resources(session, record))
 
     async def get_resources(self, resources_id: str, version: int | None) -> ResourcesRecord | None:
         if not is_text(resources_id):
@@ -297,7 +296,9 @@ class SQLitePersistence(Persistence):
     # --- workers ---
 
     async def change_worker(self, worker_id: str, transition: WorkerTransition) -> WorkerRecord:
-        return await self._writer.submit(lambda session: _change_worker(session, worker_id, transition))
+        return await self._writer.submit(
+            lambda session: changes.change_worker(session, worker_id, transition)
+        )
 
     async def get_worker(self, worker_id: str) -> WorkerRecord | None:
         if not is_text(worker_id):
@@ -388,12 +389,6 @@ def _stop(writer: GroupCommitWriter) -> None:
     writer.join()
 
 
-def _by_id(connection: sqlite3.Connection, rollout_ids: Sequence[str]) -> dict[str, RolloutRecord]:
-    with snapshot(connection):
-        found = rows.read_rollouts(connection, select_many(connection, "rollouts_by_id", rollout_ids))
-    return {stored.record.rollout_id: stored.record for stored in found}
-
-
 def _count(connection: sqlite3.Connection) -> tuple[dict[str, int], float | None]:
     """The counters, and since when the rollout at the head of the queue has been in it."""
     with snapshot(connection):
@@ -408,140 +403,3 @@ def _write_something(session: Session) -> None:
 def _by_status(counters: dict[str, int], prefix: str) -> dict[str, int]:
     found = {name[len(prefix) :]: n for name, n in counters.items() if name.startswith(prefix)}
     return {status: n for status, n in found.items() if n}
-
-
-# --- Writes, in the writer's thread and within its transaction ----------------------------------------------------
-
-
-def _insert_rollouts(session: Session, records: Sequence[RolloutRecord]) -> list[RolloutRecord]:
-    connection, counters = session.connection, session.counters
-    ids = [record.rollout_id for record in records]
-    known = [row[0] for row in select_many(connection, "known_rollout_ids", ids)]
-    stored = _by_id(connection, known) if known else {}
-    new: list[StoredRollout] = []
-    for record in records:
-        if record.rollout_id not in stored:
-            record = replace(record, revision=counters.add("revision"))
-            stored[record.rollout_id] = record
-            position = counters.add("queue_position") if lifecycle.is_queued(record) else None
-            new.append(StoredRollout(counters.add("ordinal"), position, record))
-            counters.add(STATUS_COUNTER + record.status)
-    insert(
-        connection,
-        "insert_rollouts",
-        (
-            (item.ordinal, item.record.rollout_id, *rows.rollout_values(item.record, item.queue_position))
-            for item in new
-        ),
-    )
-    insert(connection, "insert_payloads", ((item.ordinal, *rows.payload_values(item.record)) for item in new))
-    for item in new:
-        _insert_attempts(session, item.ordinal, item.record.attempts)
-    return [stored[rollout_id] for rollout_id in ids]
-
-
-def _insert_attempts(session: Session, ordinal: int, attempts: Sequence[AttemptRecord]) -> None:
-    values = [(ordinal, *rows.attempt_values(attempt)) for attempt in attempts]
-    if values:
-        insert(session.connection, "insert_attempts", values)
-        session.counters.add("attempts", len(values))
-    for attempt in attempts:
-        session.counters.add(ATTEMPT_STATUS_COUNTER + attempt.status)
-
-
-def _replace(session: Session, stored: StoredRollout, after: RolloutRecord) -> RolloutChange:
-    """Store what became of a rollout, writing only what is different."""
-    connection, counters, before = session.connection, session.counters, stored.record
-    if after is before:
-        return RolloutChange(before, before)
-    after = replace(after, revision=counters.add("revision"))
-    position = stored.queue_position
-    if after.status != before.status:
-        counters.add(STATUS_COUNTER + before.status, -1)
-        counters.add(STATUS_COUNTER + after.status)
-        if not lifecycle.is_queued(after):
-            position = None
-        elif position is None:
-            position = counters.add("queue_position")
-    key = {"ordinal": stored.ordinal}
-    values = rows.rollout_values(before, stored.queue_position), rows.rollout_values(after, position)
-    update(connection, "rollout", rows.ROLLOUT_COLUMNS, *values, key)
-    payload = rows.payload_values(before), rows.payload_values(after)
-    update(connection, "rollout_payload", rows.PAYLOAD_COLUMNS, *payload, key)
-    for old, new in zip(before.attempts, after.attempts, strict=False):
-        if old is not new:
-            place = {"rollout": stored.ordinal, "sequence_id": old.sequence_id}
-            columns = rows.attempt_values(old), rows.attempt_values(new)
-            update(connection, "attempt", rows.ATTEMPT_COLUMNS, *columns, place)
-            if new.status != old.status:
-                counters.add(ATTEMPT_STATUS_COUNTER + old.status, -1)
-                counters.add(ATTEMPT_STATUS_COUNTER + new.status)
-    _insert_attempts(session, stored.ordinal, after.attempts[len(before.attempts) :])
-    return RolloutChange(before, after)
-
-
-def _append_spans(
-    session: Session,
-    stored: StoredRollout,
-    attempt_id: str,
-    spans: Sequence[SpanRecord],
-    transition: SpanTransition,
-) -> tuple[RolloutChange, list[SpanReceipt]]:
-    connection, counters = session.connection, session.counters
-    attempt = stored.record.find_attempt(attempt_id)
-    known: set[str] = set()
-    if attempt is not None and attempt.last_span_sequence_id:  # else it has none yet
-        ids = [span.span_id for span in spans]
-        found = select_many(connection, "known_span_ids", ids, stored.ordinal, attempt.sequence_id)
-        known = {span_id for (span_id,) in found}
-    fresh: dict[str, SpanRecord] = {}
-    for span in spans:
-        if span.span_id not in known:
-            fresh.setdefault(span.span_id, span)
-    after, sequence_ids = transition(stored.record, list(fresh.values()))
-    numbers = dict(zip(fresh, sequence_ids, strict=True))
-    if fresh and attempt is not None:
-        place = (stored.ordinal, attempt.sequence_id)
-        values = ((*place, span_id, numbers[span_id], span.payload) for span_id, span in fresh.items())
-        insert(connection, "insert_spans", values)
-        counters.add("spans", len(fresh))
-        counters.add("span_bytes", sum(len(span.payload) for span in fresh.values()))
-    change = _replace(session, stored, after)
-    receipts = []
-    for span in spans:
-        sequence_id = numbers.pop(span.span_id, None)
-        receipts.append(SpanReceipt(sequence_id or 0, sequence_id is not None))
-    return change, receipts
-
-
-def _insert_resources(session: Session, record: ResourcesRecord) -> bool:
-    connection = session.connection
-    (newest,) = select(connection, "newest_version", record.resources_id).fetchone()
-    if record.version != (newest or 0) + 1:
-        return False
-    times = record.create_time, record.update_time
-    inserted = select(
-        connection, "insert_resources", record.resources_id, record.version, *times, record.request_digest
-    )
-    named = ((inserted.lastrowid, position, *item) for position, item in enumerate(record.resources))
-    insert(connection, "insert_resource", named)
-    session.counters.add("resources")
-    return True
-
-
-def _change_worker(session: Session, worker_id: str, transition: WorkerTransition) -> WorkerRecord:
-    connection = session.connection
-    row = select(connection, "worker_by_id", worker_id).fetchone()
-    if row is None:
-        after = transition(WorkerRecord(worker_id))
-        insert(connection, "insert_workers", [(None, worker_id, *rows.worker_values(after))])
-        session.counters.add("workers")
-        return after
-    before = rows.read_worker(row)
-    after = transition(before)
-    if after is not before:
-        ordinal, _, *stored = row
-        leases = stored[-1] if after.leases is before.leases else None
-        values = rows.worker_values(after, leases)
-        update(connection, "worker", rows.WORKER_COLUMNS, stored, values, {"ordinal": ordinal})
-    return after

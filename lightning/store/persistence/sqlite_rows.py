@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning.store import lifecycle
+from lightning.store.persistence.sqlite_file import snapshot
 from lightning.store.persistence.sqlite_statements import select, select_many
 from lightning.store.records import (
     AppliedRequest,
@@ -86,6 +87,13 @@ def rollout_by_id(connection: sqlite3.Connection, rollout_id: str) -> StoredRoll
     """One rollout, or None."""
     found = read_rollouts(connection, select(connection, "rollout_by_id", rollout_id))
     return found[0] if found else None
+
+
+def rollouts_by_id(connection: sqlite3.Connection, rollout_ids: Sequence[str]) -> dict[str, RolloutRecord]:
+    """Those of these rollouts that exist, by id, as they are at one moment."""
+    with snapshot(connection):
+        found = read_rollouts(connection, select_many(connection, "rollouts_by_id", rollout_ids))
+    return {stored.record.rollout_id: stored.record for stored in found}
 
 
 def rollout_values(record: RolloutRecord, queue_position: int | None) -> tuple[Any, ...]:

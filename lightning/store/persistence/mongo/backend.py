@@ -20,6 +20,7 @@ from lightning.store.persistence.abc import (
     Persistence,
     RolloutChange,
     RolloutTransition,
+    Settlement,
     SpanTransition,
     Totals,
     WorkerTransition,
@@ -132,7 +133,9 @@ class MongoPersistence(Persistence):
 
     # --- rollouts ---
 
-    async def insert_rollouts(self, records: Sequence[RolloutRecord]) -> list[RolloutRecord]:
+    async def insert_rollouts(
+        self, records: Sequence[RolloutRecord], settle: Settlement | None = None
+    ) -> list[RolloutRecord]:
         if not records:
             return []
         session = self._session
@@ -143,6 +146,7 @@ class MongoPersistence(Persistence):
             intent = await session.intents.write([one.document for one in prepared])
             stored = await session.rollouts.insert_prepared(prepared)
             await session.intents.erase(intent)
+        await self._settle(settle, [(None, record) for record, _ in stored])
         return [record for record, _ in stored]
 
     async def get_rollout(self, rollout_id: str) -> RolloutRecord | None:
@@ -170,12 +174,40 @@ class MongoPersistence(Persistence):
         await session.rollouts.settle(read)  # another server may have begun it this moment
         return read.record
 
-    async def change_rollout(self, rollout_id: str, transition: RolloutTransition) -> RolloutChange | None:
+    async def change_rollout(
+        self, rollout_id: str, transition: RolloutTransition, settle: Settlement | None = None
+    ) -> RolloutChange | None:
         change = await self._session.rollouts.change(rollout_id, transition)
-        return None if change is None else RolloutChange(*change)
+        if change is None:
+            return None
+        await self._settle(settle, [change])
+        return RolloutChange(*change)
 
-    async def claim_rollouts(self, limit: int, transition: ClaimTransition) -> list[RolloutChange]:
-        return await self._session.queue.claim(limit, transition)
+    async def claim_rollouts(
+        self, limit: int, transition: ClaimTransition, settle: Settlement | None = None
+    ) -> list[RolloutChange]:
+        changes = await self._session.queue.claim(limit, transition)
+        await self._settle(settle, [(change.before, change.after) for change in changes])
+        return changes
+
+    async def _settle(
+        self, settle: Settlement | None, changes: Sequence[tuple[RolloutRecord | None, RolloutRecord]]
+    ) -> None:
+        """Let the workers follow the rollouts that they hold.
+
+        They are documents of their own, so two changes to a rollout may reach them in the wrong order. Whoever made one
+        looks again afterwards, and makes good what the rollout has become since; so the last to do so leaves the truth.
+        """
+        if settle is None:
+            return
+        for before, after in changes:
+            while workers := list(settle(before, after)):
+                for worker_id, transition in workers:
+                    await self.change_worker(worker_id, transition)
+                current = await self.get_rollout(after.rollout_id)
+                if current is None or current.revision == after.revision:
+                    break
+                before, after = after, current
 
     async def find_rollouts(self, query: RolloutQuery) -> tuple[list[RolloutRecord], int]:
         session = self._session
@@ -207,9 +239,17 @@ class MongoPersistence(Persistence):
     # --- spans ---
 
     async def append_spans(
-        self, rollout_id: str, attempt_id: str, spans: Sequence[SpanRecord], transition: SpanTransition
+        self,
+        rollout_id: str,
+        attempt_id: str,
+        spans: Sequence[SpanRecord],
+        transition: SpanTransition,
+        settle: Settlement | None = None,
     ) -> tuple[RolloutChange, list[SpanReceipt]] | None:
-        return await self._session.spans.append(rollout_id, attempt_id, spans, transition)
+        result = await self._session.spans.append(rollout_id, attempt_id, spans, transition)
+        if result is not None:
+            await self._settle(settle, [(result[0].before, result[0].after)])
+        return result
 
     async def find_spans(self, rollout_id: str, attempt_ids: Sequence[str]) -> list[SpanRecord]:
         return await self._session.spans.find(rollout_id, attempt_ids)

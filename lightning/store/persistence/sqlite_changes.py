@@ -1,0 +1,206 @@
+"""What is written for each primitive: functions that run in the writer's thread, within its transaction."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from lightning.store import lifecycle
+from lightning.store.persistence import sqlite_rows as rows
+from lightning.store.persistence.abc import (
+    ClaimTransition,
+    RolloutChange,
+    RolloutTransition,
+    Settlement,
+    SpanTransition,
+    WorkerTransition,
+)
+from lightning.store.persistence.sqlite_rows import StoredRollout
+from lightning.store.persistence.sqlite_search import ATTEMPT_STATUS_COUNTER, STATUS_COUNTER
+from lightning.store.persistence.sqlite_statements import insert, select, select_many, update
+from lightning.store.persistence.sqlite_writer import Session
+from lightning.store.records import (
+    AttemptRecord,
+    ResourcesRecord,
+    RolloutRecord,
+    SpanReceipt,
+    SpanRecord,
+    WorkerRecord,
+)
+
+_LARGEST_INTEGER = 2**63 - 1
+
+
+def insert_rollouts(
+    session: Session, records: Sequence[RolloutRecord], settle: Settlement | None
+) -> list[RolloutRecord]:
+    """See `Persistence.insert_rollouts`."""
+    connection, counters = session.connection, session.counters
+    ids = [record.rollout_id for record in records]
+    known = [row[0] for row in select_many(connection, "known_rollout_ids", ids)]
+    stored = rows.rollouts_by_id(connection, known) if known else {}
+    new: list[StoredRollout] = []
+    for record in records:
+        if record.rollout_id not in stored:
+            record = replace(record, revision=counters.add("revision"))
+            stored[record.rollout_id] = record
+            position = counters.add("queue_position") if lifecycle.is_queued(record) else None
+            new.append(StoredRollout(counters.add("ordinal"), position, record))
+            counters.add(STATUS_COUNTER + record.status)
+    insert(
+        connection,
+        "insert_rollouts",
+        (
+            (item.ordinal, item.record.rollout_id, *rows.rollout_values(item.record, item.queue_position))
+            for item in new
+        ),
+    )
+    insert(connection, "insert_payloads", ((item.ordinal, *rows.payload_values(item.record)) for item in new))
+    for item in new:
+        _insert_attempts(session, item.ordinal, item.record.attempts)
+        _settle(session, settle, None, item.record)
+    return [stored[rollout_id] for rollout_id in ids]
+
+
+def _insert_attempts(session: Session, ordinal: int, attempts: Sequence[AttemptRecord]) -> None:
+    values = [(ordinal, *rows.attempt_values(attempt)) for attempt in attempts]
+    if values:
+        insert(session.connection, "insert_attempts", values)
+        session.counters.add("attempts", len(values))
+    for attempt in attempts:
+        session.counters.add(ATTEMPT_STATUS_COUNTER + attempt.status)
+
+
+def change_rollout(
+    session: Session, rollout_id: str, transition: RolloutTransition, settle: Settlement | None
+) -> RolloutChange | None:
+    """See `Persistence.change_rollout`."""
+    stored = rows.rollout_by_id(session.connection, rollout_id)
+    return None if stored is None else _replace(session, stored, transition(stored.record), settle)
+
+
+def claim_rollouts(
+    session: Session, limit: int, transition: ClaimTransition, settle: Settlement | None
+) -> list[RolloutChange]:
+    """See `Persistence.claim_rollouts`."""
+    found = select(session.connection, "head_of_queue", min(limit, _LARGEST_INTEGER))
+    heads = rows.read_rollouts(session.connection, found)
+    claimed = [transition(head.record, taken) for taken, head in enumerate(heads)]
+    return [_replace(session, head, after, settle) for head, after in zip(heads, claimed, strict=True)]
+
+
+def _replace(
+    session: Session, stored: StoredRollout, after: RolloutRecord, settle: Settlement | None
+) -> RolloutChange:
+    """Store what became of a rollout, writing only what is different."""
+    connection, counters, before = session.connection, session.counters, stored.record
+    if after is before:
+        return RolloutChange(before, before)
+    after = replace(after, revision=counters.add("revision"))
+    position = stored.queue_position
+    if after.status != before.status:
+        counters.add(STATUS_COUNTER + before.status, -1)
+        counters.add(STATUS_COUNTER + after.status)
+        if not lifecycle.is_queued(after):
+            position = None
+        elif position is None:
+            position = counters.add("queue_position")
+    key = {"ordinal": stored.ordinal}
+    values = rows.rollout_values(before, stored.queue_position), rows.rollout_values(after, position)
+    update(connection, "rollout", rows.ROLLOUT_COLUMNS, *values, key)
+    payload = rows.payload_values(before), rows.payload_values(after)
+    update(connection, "rollout_payload", rows.PAYLOAD_COLUMNS, *payload, key)
+    for old, new in zip(before.attempts, after.attempts, strict=False):
+        if old is not new:
+            place = {"rollout": stored.ordinal, "sequence_id": old.sequence_id}
+            columns = rows.attempt_values(old), rows.attempt_values(new)
+            update(connection, "attempt", rows.ATTEMPT_COLUMNS, *columns, place)
+            if new.status != old.status:
+                counters.add(ATTEMPT_STATUS_COUNTER + old.status, -1)
+                counters.add(ATTEMPT_STATUS_COUNTER + new.status)
+    _insert_attempts(session, stored.ordinal, after.attempts[len(before.attempts) :])
+    _settle(session, settle, before, after)
+    return RolloutChange(before, after)
+
+
+def _settle(
+    session: Session, settle: Settlement | None, before: RolloutRecord | None, after: RolloutRecord
+) -> None:
+    by_worker: dict[str, list[WorkerTransition]] = {}
+    for worker_id, transition in () if settle is None else settle(before, after):
+        by_worker.setdefault(worker_id, []).append(transition)
+    for worker_id, transitions in by_worker.items():
+        change_worker(session, worker_id, *transitions)
+
+
+def append_spans(
+    session: Session,
+    rollout_id: str,
+    attempt_id: str,
+    spans: Sequence[SpanRecord],
+    transition: SpanTransition,
+    settle: Settlement | None,
+) -> tuple[RolloutChange, list[SpanReceipt]] | None:
+    """See `Persistence.append_spans`."""
+    connection, counters = session.connection, session.counters
+    stored = rows.rollout_by_id(connection, rollout_id)
+    if stored is None:
+        return None
+    attempt = stored.record.find_attempt(attempt_id)
+    known: set[str] = set()
+    if attempt is not None and attempt.last_span_sequence_id:  # else it has none yet
+        ids = [span.span_id for span in spans]
+        found = select_many(connection, "known_span_ids", ids, stored.ordinal, attempt.sequence_id)
+        known = {span_id for (span_id,) in found}
+    fresh: dict[str, SpanRecord] = {}
+    for span in spans:
+        if span.span_id not in known:
+            fresh.setdefault(span.span_id, span)
+    after, sequence_ids = transition(stored.record, list(fresh.values()))
+    numbers = dict(zip(fresh, sequence_ids, strict=True))
+    if fresh and attempt is not None:
+        place = (stored.ordinal, attempt.sequence_id)
+        values = ((*place, span_id, numbers[span_id], span.payload) for span_id, span in fresh.items())
+        insert(connection, "insert_spans", values)
+        counters.add("spans", len(fresh))
+        counters.add("span_bytes", sum(len(span.payload) for span in fresh.values()))
+    change = _replace(session, stored, after, settle)
+    receipts = []
+    for span in spans:
+        sequence_id = numbers.pop(span.span_id, None)
+        receipts.append(SpanReceipt(sequence_id or 0, sequence_id is not None))
+    return change, receipts
+
+
+def insert_resources(session: Session, record: ResourcesRecord) -> bool:
+    """See `Persistence.insert_resources`."""
+    connection = session.connection
+    (newest,) = select(connection, "newest_version", record.resources_id).fetchone()
+    if record.version != (newest or 0) + 1:
+        return False
+    times = record.create_time, record.update_time
+    inserted = select(
+        connection, "insert_resources", record.resources_id, record.version, *times, record.request_digest
+    )
+    named = ((inserted.lastrowid, position, *item) for position, item in enumerate(record.resources))
+    insert(connection, "insert_resource", named)
+    session.counters.add("resources")
+    return True
+
+
+def change_worker(session: Session, worker_id: str, *transitions: WorkerTransition) -> WorkerRecord:
+    """See `Persistence.change_worker`; several transitions are made one after another."""
+    connection = session.connection
+    row = select(connection, "worker_by_id", worker_id).fetchone()
+    before = after = WorkerRecord(worker_id) if row is None else rows.read_worker(row)
+    for transition in transitions:
+        after = transition(after)
+    if row is None:
+        insert(connection, "insert_workers", [(None, worker_id, *rows.worker_values(after))])
+        session.counters.add("workers")
+    elif after is not before:
+        ordinal, _, *stored = row
+        leases = stored[-1] if after.leases is before.leases else None
+        values = rows.worker_values(after, leases)
+        update(connection, "worker", rows.WORKER_COLUMNS, stored, values, {"ordinal": ordinal})
+    return after
