@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import logging
-import signal
-import socket
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from lightning.cli.errors import EXIT_USAGE, CommandError, reporting
-
-if TYPE_CHECKING:
-    from lightning.rpc import LightningStoreServer
+from lightning.cli.serving import check_workers, serve, serve_by_many, show_access_log
 
 
 def serve_store(
@@ -45,6 +40,14 @@ def serve_store(
             "room ([bold]10GB[/]); give it twice for both.",
         ),
     ] = None,
+    workers: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            metavar="NUMBER",
+            help="How many processes serve at the port; more than one only with MongoDB, on Linux.",
+        ),
+    ] = 1,
     insecure: Annotated[
         bool,
         typer.Option(
@@ -120,7 +123,7 @@ def serve_store(
         return
     from lightning.rpc import LightningStoreServer
     from lightning.rpc.address import is_loopback
-    from lightning.store.open import full_url, open_store
+    from lightning.store.open import open_store
     from lightning.store.persistence.abc import BackendError
 
     if not insecure and tls_cert is None and not is_loopback(host):
@@ -135,25 +138,28 @@ def serve_store(
         "max_in_flight_bytes": max_in_flight_bytes,
         "max_calls_per_second": max_calls_per_second,
     }
-    if access_log:
-        _show_access_log()
+    options: dict[str, Any] = {
+        "allow_insecure": insecure,
+        "tls_cert": tls_cert,
+        "tls_key": tls_key,
+        "tls_client_ca": tls_client_ca,
+        "tokens": tokens,
+        "access_log": access_log,
+        "metrics_port": metrics_port,
+        "metrics_host": metrics_host,
+        **{name: value for name, value in limits.items() if value is not None},
+    }
+    store_options: dict[str, Any] = {"durability": durability, "retain": retain or None}
     with reporting(ValueError, ImportError, exit_code=EXIT_USAGE):
-        server = LightningStoreServer(
-            open_store(backend, durability=durability, retain=retain or None),
-            host,
-            port,
-            allow_insecure=insecure,
-            tls_cert=tls_cert,
-            tls_key=tls_key,
-            tls_client_ca=tls_client_ca,
-            tokens=tokens,
-            access_log=access_log,
-            metrics_port=metrics_port,
-            metrics_host=metrics_host,
-            **{name: value for name, value in limits.items() if value is not None},
-        )
+        check_workers(workers, backend, metrics_port)
+        server = LightningStoreServer(open_store(backend, **store_options), host, port, **options)
+    if workers > 1:
+        serve_by_many(workers, backend, store_options, host, port, options, grace)
+        return
+    if access_log:
+        show_access_log()
     with reporting(OSError, ImportError, BackendError):
-        asyncio.run(_serve(server, full_url(backend), host, grace))
+        asyncio.run(serve(server, backend, host, grace))
 
 
 def _refuse_options(context: typer.Context) -> None:
@@ -163,46 +169,3 @@ def _refuse_options(context: typer.Context) -> None:
             raise CommandError(
                 f"give {option.opts[0]} after {context.invoked_subcommand}, if it has it", EXIT_USAGE
             )
-
-
-def _show_access_log() -> None:
-    from lightning.rpc.access_log import ACCESS_LOGGER
-
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-    logger = logging.getLogger(ACCESS_LOGGER)
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-
-
-async def _serve(server: LightningStoreServer, backend: str, host: str, grace: float) -> None:
-    loop = asyncio.get_running_loop()
-    asked = asyncio.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, asked.set)
-    try:
-        await server.start()
-        await server.statistics()  # opens the backend, so that what is wrong with it is said now
-        typer.echo(_welcome(server, backend, host))
-        await asked.wait()
-        typer.echo("ending: new calls are refused, those under way are finished")
-    finally:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.remove_signal_handler(number)  # asked again, it ends at once
-        await server.close(grace, "the server was told to end")
-
-
-def _welcome(server: LightningStoreServer, backend: str, host: str) -> str:
-    from lightning.rpc.address import is_loopback
-
-    lines = [
-        f"store ({backend}) at {server.endpoint}, Ctrl-C ends it",
-        f"  runners:   lightning runner FILE.py:AGENT --connect {server.endpoint}",
-        f'  trainers:  Trainer(store="{server.endpoint}", strategy={{"type": "cs", "role": "algorithm"}}, …)',
-    ]
-    if server.metrics_url is not None:
-        lines.append(f"  metrics:   {server.metrics_url}")
-    if not is_loopback(host):
-        scheme = "grpcs://" if server.endpoint.startswith("grpcs://") else ""
-        lines.append(f"  elsewhere: the same with {scheme}{socket.gethostname()}:{server.port}")
-    return "\n".join(lines)

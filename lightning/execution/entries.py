@@ -6,6 +6,7 @@ import asyncio
 import pickle
 import signal
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from lightning.execution.base import AlgorithmBundle, RunnerBundle
@@ -42,26 +43,56 @@ async def run_algorithm(link: ParentLink, algorithm: AlgorithmBundle, event: Exe
         await store.close()
 
 
+@dataclass(frozen=True)
+class Serving:
+    """What a process reports that serves a store."""
+
+    endpoint: str
+    client_options: Mapping[str, Any]
+    """What the owner's client needs to be let in."""
+    metrics_url: str | None
+
+
 async def serve_store(
-    link: ParentLink, url: str, host: str, port: int, server_options: Mapping[str, Any]
+    link: ParentLink,
+    url: str,
+    host: str,
+    port: int,
+    server_options: Mapping[str, Any],
+    *,
+    store_options: Mapping[str, Any] | None = None,
+    grace: float | None = None,
+    stop_workers: bool = True,
 ) -> None:
-    """Serve the store at `url` until the parent says why to stop, or a signal tells to; reports the endpoint, and what
-    a client needs to be let in."""
-    from lightning.rpc.server import LightningStoreServer
+    """Serve the store at `url` until the parent says why to stop, or a signal tells to; reports that it is `Serving`.
+
+    Args:
+        link: To the parent.
+        url: Names the store.
+        host: The address to listen at.
+        port: The port; 0 picks one.
+        server_options: Of the `LightningStoreServer`.
+        store_options: Of `open_store`.
+        grace: How long calls in flight may take in the end; None: the default.
+        stop_workers: Whether its end is that of the job, and workers are to stop.
+    """
+    from lightning.rpc.server import DEFAULT_GRACE_SECONDS, LightningStoreServer
 
     told = asyncio.ensure_future(link.receive())
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, told.cancel)
-    store = open_store(url)
+    store = open_store(url, **(store_options or {}))
     try:
         server = LightningStoreServer(store, host, port, **server_options)
         await server.start()
         try:
             await server.statistics()  # opens the backend, so that what is wrong with it is said now
-            link.report((server.endpoint, server.client_options))
+            link.report(Serving(server.endpoint, server.client_options, server.metrics_url))
             await asyncio.wait({told})
         finally:
-            reason = "it was told to stop" if told.cancelled() else told.result()
-            await server.stop(reason=reason, stop_workers=True)
+            given = told.done() and not told.cancelled()
+            reason = told.result() if given else "it was told to stop"
+            seconds = DEFAULT_GRACE_SECONDS if grace is None else grace
+            await server.stop(seconds, reason, stop_workers=stop_workers)
     finally:
         await store.close()

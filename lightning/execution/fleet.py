@@ -6,23 +6,18 @@ import asyncio
 import functools
 import logging
 import signal
-import time
-from collections import deque
 
 from lightning.execution.base import WORKER_PREFIX_VARIABLE, ExecutionError, RunnerBundle, worker_name
 from lightning.execution.entries import run_runner
 from lightning.execution.hosting import StoreHost
 from lightning.execution.job import Job, first_of
 from lightning.execution.processes import ChildProcess, Payload, describe_exit, stop_children
+from lightning.execution.restarts import RESTART_WINDOW_SECONDS, RestartBudget
 from lightning.store.contract import LightningStore
 from lightning.types import AttemptedRollout, Drain, Stop
 
 logger = logging.getLogger(__name__)
 
-RESTART_WINDOW_SECONDS = 60.0
-"""A restart counts against the budget for so long."""
-_RESTART_DELAYS_SECONDS = (0.0, 1.0, 3.0)
-"""Pause before the first, the second, and each further restart of a runner within the window."""
 _GIVE_BACK_SECONDS = 10.0
 """How long closing the attempts of a dead runner may take."""
 _LAST_GIVE_BACK_SECONDS = 2.0
@@ -127,11 +122,11 @@ class RunnerFleet:
     async def _keep(self, index: int) -> bool:
         """Keep a runner running; returns whether it came to its own end."""
         name = worker_name(index, self.prefix)
-        crashes: deque[float] = deque()
+        budget = RestartBudget(self._restart_budget)
         while True:
             child = ChildProcess(name, self._payload, {WORKER_PREFIX_VARIABLE: self.prefix})
             self._living[name] = child
-            await self._let_work(child, index, again=bool(crashes))
+            await self._let_work(child, index, again=budget.used > 0)
             await asyncio.wait({child.exited})
             del self._living[name]
             self._working.discard(child)
@@ -146,7 +141,7 @@ class RunnerFleet:
                 return False
             logger.error("%s%s", child.describe_end(), f"\n{child.failed.trace}" if child.failed else "")
             await self._give_back(name, _GIVE_BACK_SECONDS)
-            if not await self._may_restart(name, crashes):
+            if not await self._may_restart(name, budget):
                 return self._stopping.is_set()
 
     async def _let_work(self, child: ChildProcess, index: int, *, again: bool) -> None:
@@ -169,27 +164,23 @@ class RunnerFleet:
         await asyncio.wait({child.loaded})
         await self._store_ready.wait()
 
-    async def _may_restart(self, name: str, crashes: deque[float]) -> bool:
+    async def _may_restart(self, name: str, budget: RestartBudget) -> bool:
         if self._stopping.is_set():
             return False
-        now = time.monotonic()
-        crashes.append(now)
-        while now - crashes[0] > RESTART_WINDOW_SECONDS:
-            crashes.popleft()
-        if len(crashes) > self._restart_budget:
+        delay = budget.spend()
+        if delay is None:
             logger.error(
                 "%s is given up after %d crashes within %.0f s; runners left: %d",
                 name,
-                len(crashes),
+                budget.used,
                 RESTART_WINDOW_SECONDS,
                 len(self._living),
             )
             return False
-        delay = _RESTART_DELAYS_SECONDS[min(len(crashes), len(_RESTART_DELAYS_SECONDS)) - 1]
         try:
             await asyncio.wait_for(self._stopping.wait(), delay)
         except asyncio.TimeoutError:
-            logger.warning("%s is restarted (%d of %d)", name, len(crashes), self._restart_budget)
+            logger.warning("%s is restarted (%d of %d)", name, budget.used, budget.limit)
             return True
         return False
 

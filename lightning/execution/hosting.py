@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import cloudpickle
 
 from lightning.execution.commands import tell_runners
-from lightning.execution.entries import serve_store
+from lightning.execution.entries import Serving, serve_store
 from lightning.execution.job import Job
 from lightning.execution.processes import ChildProcess, Payload, stop_children
 from lightning.store.contract import LightningStore
@@ -172,8 +172,8 @@ class ServerProcess(_Client):
 
     async def start(self) -> None:
         assert self._child is not None
-        endpoint, own_options = await asyncio.shield(self._child.reported)
-        self._connect(endpoint, {**own_options, **self._client_options})
+        serving: Serving = await asyncio.shield(self._child.reported)
+        self._connect(serving.endpoint, {**serving.client_options, **self._client_options})
 
     async def _fail_with(self, child: ChildProcess) -> None:
         await asyncio.wait({child.exited})

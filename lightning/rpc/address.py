@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import ipaddress
 import re
 import socket
+import sys
 from dataclasses import dataclass, replace
 from urllib.parse import urlsplit
 
@@ -97,25 +99,60 @@ def check_port_is_free(endpoint: Endpoint) -> None:
     Raises:
         OSError: The port is taken, or there is no such address on this machine.
     """
+    for probe in _bind_all(endpoint):
+        probe.close()
+
+
+class PortReservation:
+    """Holds a port for servers of this user's that share it, and keeps others out. It listens to nobody itself.
+
+    Args:
+        endpoint: Where; of port 0 it picks one.
+
+    Raises:
+        OSError: The port is taken, or there is no such address on this machine, or this system cannot share ports.
+    """
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        if sys.platform != "linux":  # elsewhere, connections would not be spread
+            raise OSError(errno.ENOTSUP, "several processes can share a port on Linux only")
+        self._sockets = _bind_all(endpoint)
+        self.port: int = self._sockets[0].getsockname()[1]
+        """The port."""
+        for held in self._sockets:
+            # From here on, the like can bind, and only they: bound alone first, it was nobody else's.
+            held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
+            held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+
+    def close(self) -> None:
+        """Hold it no more."""
+        for held in self._sockets:
+            held.close()
+
+
+def _bind_all(endpoint: Endpoint) -> list[socket.socket]:
+    """A socket at each address that the endpoint's host stands for, all of the same port."""
     try:
         candidates = socket.getaddrinfo(
             endpoint.host or None, endpoint.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )
     except socket.gaierror as error:
         raise OSError(error.errno, f"cannot listen at {endpoint}: {error.strerror}") from None
-    for family, kind, protocol, _, address in candidates:
-        with socket.socket(family, kind, protocol) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if family == socket.AF_INET6:
-                probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            _try_bind(probe, address, endpoint)
-
-
-def _try_bind(probe: socket.socket, address: object, endpoint: Endpoint) -> None:
+    bound: list[socket.socket] = []
+    port = endpoint.port
     try:
-        probe.bind(address)  # type: ignore[arg-type]  # as getaddrinfo gave it
+        for family, kind, protocol, _, address in candidates:
+            bound.append(socket.socket(family, kind, protocol))
+            bound[-1].setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                bound[-1].setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            bound[-1].bind((address[0], port, *address[2:]))
+            port = bound[-1].getsockname()[1]
     except OSError as error:
+        for one in bound:
+            one.close()
         raise listen_error(endpoint, error.errno, error.strerror) from None
+    return bound
 
 
 def listen_error(endpoint: Endpoint, number: int | None, problem: str | None) -> OSError:

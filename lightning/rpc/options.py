@@ -106,11 +106,14 @@ class ServerLimits:
         """`max_in_flight_bytes`, which unless given is room for four of the largest messages."""
         return self.max_in_flight_bytes or 4 * self.max_message_bytes
 
-    def channel_options(self) -> ChannelOptions:
-        """The arguments of a server."""
+    def channel_options(self, *, share_port: bool = False) -> ChannelOptions:
+        """The arguments of a server; `share_port`: of one of several at the same port."""
         return (
             *_message_limits(self.max_message_bytes),
-            ("grpc.so_reuseport", 0),  # or a second server would start silently on the same port
+            (
+                "grpc.so_reuseport",
+                int(share_port),
+            ),  # else a second server would start silently on the same port
             ("grpc.keepalive_time_ms", _KEEPALIVE_INTERVAL_MS),
             ("grpc.keepalive_timeout_ms", _KEEPALIVE_TIMEOUT_MS),
             ("grpc.keepalive_permit_without_calls", 1),

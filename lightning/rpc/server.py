@@ -82,6 +82,9 @@ class LightningStoreServer(ForwardingStore):
         access_log: Whether each call is logged when it ends, by the logger `lightning.access`.
         metrics_port: Where to show metrics for Prometheus (`http://…/metrics`); 0 picks a port, None shows none.
         metrics_host: The address to show them at. They tell no payloads, to whoever asks.
+        share_port: Whether other servers of this user's may be at the same port; connections are spread over them, on
+            Linux. Only for stores that many servers may work on, and with a given port. Otherwise a taken port is an
+            error.
 
     Raises:
         TypeError: `store` lacks a method, or an argument is of a wrong type.
@@ -110,6 +113,7 @@ class LightningStoreServer(ForwardingStore):
         access_log: bool = False,
         metrics_port: int | None = None,
         metrics_host: str = "127.0.0.1",
+        share_port: bool = False,
     ) -> None:
         self._limits = ServerLimits(
             max_message_bytes=max_message_bytes,
@@ -121,6 +125,7 @@ class LightningStoreServer(ForwardingStore):
             max_calls_per_second=max_calls_per_second,
         )
         self._access_log = access_log
+        self._share_port = share_port
         self._metrics_at = None if metrics_port is None else check_listener(metrics_host, metrics_port)
         self._tls = _tls(tls_cert, tls_key, tls_client_ca)
         self._endpoint = replace(check_listener(host, port), secure=self._tls is not None)
@@ -302,7 +307,8 @@ class LightningStoreServer(ForwardingStore):
     # --- On the loop of gRPC ---
 
     async def _serve(self, thread: LoopThread) -> _Running:
-        check_port_is_free(self._endpoint)
+        if not self._share_port:
+            check_port_is_free(self._endpoint)
         checks = Health(SERVED, self._store.check_writable)
         metrics = self._metrics(thread, checks)
         service = StoreService(self._store, self._store_class, self._limits, checks.suspect)
@@ -316,7 +322,8 @@ class LightningStoreServer(ForwardingStore):
             observers,
             certificates=self._tls is not None and self._tls.client_ca is not None,
         )
-        server = grpc.aio.server(options=self._limits.channel_options(), interceptors=(reception,))
+        options = self._limits.channel_options(share_port=self._share_port)
+        server = grpc.aio.server(options=options, interceptors=(reception,))
         server.add_generic_rpc_handlers(service.generic_handlers())
         health_pb2_grpc.add_HealthServicer_to_server(checks, server)
         reflection.enable_server_reflection(

@@ -49,13 +49,15 @@ class _Backend:
     """Given what follows the scheme, and options by name."""
     options: tuple[str, ...] = ()
     """Those that it takes."""
+    shared: bool = False
+    """Whether several processes may work on one such store."""
 
 
 _BACKENDS: Mapping[str, _Backend] = {
     "memory": _Backend("memory", _open_memory),
     "sqlite": _Backend("sqlite, sqlite:PATH", _open_sqlite, ("durability", "retain")),
-    "mongodb": _Backend("mongodb://HOSTS/DATABASE", _open_mongodb, ("retain",)),
-    "mongodb+srv": _Backend("mongodb+srv://HOST/DATABASE", _open_mongodb_srv, ("retain",)),
+    "mongodb": _Backend("mongodb://HOSTS/DATABASE", _open_mongodb, ("retain",), shared=True),
+    "mongodb+srv": _Backend("mongodb+srv://HOST/DATABASE", _open_mongodb_srv, ("retain",), shared=True),
 }
 """By scheme."""
 
@@ -72,6 +74,11 @@ def sqlite_path(url: str) -> Path | None:
     if scheme != "sqlite" or rest == IN_MEMORY:
         return None
     return Path(rest).expanduser() if rest else default_path()
+
+
+def is_shared(url: str) -> bool:
+    """Whether several processes may work on the store that `url` names. Raises `ValueError` if it names none."""
+    return _backend_of(url).shared
 
 
 def is_store_url(text: str) -> bool:
