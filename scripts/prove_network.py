@@ -6,9 +6,10 @@
 
 Everything is: a server on SQLite, killed with SIGKILL 50 times while 8 clients stream spans to it, after which nothing
 that was acknowledged may be missing or there twice; 10 minutes of work over connections that are cut several times a
-second, in which everything must happen exactly once; 20,000 malformed and hostile requests, each of which must get a
-clear status while an honest client is served and the server's memory stays flat; a task input of 16 MB, a query of 100
-MB of spans, one wait for 10,000 rollouts, and a burst of 4,000 connections.
+second, and delayed, doubled and overtaken by later ones meanwhile, in which everything must happen exactly once; 20,000
+malformed and hostile requests, each of which must get a clear status while an honest client is served and the server's
+memory stays flat; a task input of 16 MB, a query of 100 MB of spans, one wait for 10,000 rollouts, and a burst of 4,000
+connections.
 Exits with 1 if any of this is not so.
 """
 
@@ -31,7 +32,7 @@ from lightning import (
     LightningStoreServer,
 )
 from lightning.testing import make_span
-from lightning.testing.cuts import work_through_cuts
+from lightning.testing.cuts import Endured, work_through_cuts
 from lightning.testing.hostile import attack
 from lightning.testing.kills import server_process, stream_through_kills
 
@@ -56,18 +57,22 @@ async def prove_kills(kills: int) -> bool:
 
 async def prove_cuts(seconds: float) -> bool:
     began = time.monotonic()
-    cuts = rollouts = seed = 0
-    wrong: list[str] = []
+    rounds: list[Endured] = []
     while time.monotonic() - began < seconds:
-        seed += 1
         store = InMemoryLightningStore()
         server = LightningStoreServer(store, port=0)
         await server.start()
-        endured = await work_through_cuts(store, server.port, seed=seed, calls=200, cuts=20)
+        seed = len(rounds) + 1
+        rounds.append(await work_through_cuts(store, server.port, seed=seed, calls=100, cuts=20))
         await server.close()
-        cuts, rollouts, wrong = cuts + endured.cuts, rollouts + endured.rollouts, wrong + endured.wrong
+    wrong = [mistake for endured in rounds for mistake in endured.wrong]
+    cuts, duplicated, straggled, rollouts, events = (
+        sum(getattr(endured, name) for endured in rounds)
+        for name in ("cuts", "duplicated", "straggled", "rollouts", "events")
+    )
     print(
-        f"cuts: {cuts}, {rollouts} rollouts with 6 spans each, {len(wrong)} wrong ({seconds:.0f} s)",
+        f"cuts: {cuts} over delayed connections, {duplicated} of them doubled, {straggled} pieces after their time; "
+        f"{rollouts} rollouts with 6 spans each, watched by {events} events; {len(wrong)} wrong ({seconds:.0f} s)",
         *wrong,
         sep="\n  ",
         flush=True,

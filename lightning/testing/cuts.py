@@ -1,4 +1,5 @@
-"""Clients whose connections are cut again and again, often after the answer was lost.
+"""Clients whose connections are cut again and again, often after the answer was lost, and in disorder while they last:
+what is sent is delayed, arrives twice, or after what was sent later.
 
 `scripts/prove_network.py` does it at length, a test shortly.
 """
@@ -9,15 +10,16 @@ import asyncio
 import random
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lightning.rpc import LightningStoreClient
 from lightning.store.contract import LightningStore
-from lightning.testing.proxy import TcpProxy
+from lightning.testing.proxy import Disorder, TcpProxy
 from lightning.testing.records import make_span
 
 _PATIENT: dict[str, Any] = {"retry_delays": (0.001,) * 200, "health_retry_delays": (0.01,)}
+_DISORDER = Disorder(delay_seconds=0.003, hold_seconds=0.03, duplicates=0.3, stragglers=0.5)
 _NAMES = [f"s{index}" for index in range(6)]
 
 
@@ -26,7 +28,13 @@ class Endured:
     """What was done over connections that were cut, and what was wrong with it."""
 
     cuts: int = 0
+    duplicated: int = 0
+    """Connections whose requests reached the server twice."""
+    straggled: int = 0
+    """Pieces of data that reached the server after their connection had been cut, and the client had made another."""
     rollouts: int = 0
+    events: int = 0
+    """What watchers of these rollouts were told."""
     wrong: list[str] = field(default_factory=list)
     """What did not happen exactly once."""
 
@@ -41,7 +49,7 @@ async def work_through_cuts(store: LightningStore, port: int, *, seed: int, call
         calls: How many rollouts each client enqueues, at least.
         cuts: How often the connections are to be cut meanwhile, at least.
     """
-    proxy = TcpProxy(port)
+    proxy = TcpProxy(port, replace(_DISORDER, seed=seed))
     clients = [LightningStoreClient(address, **_PATIENT) for address in [await proxy.start()] * 4]
     endured = Endured()
     try:
@@ -52,7 +60,13 @@ async def work_through_cuts(store: LightningStore, port: int, *, seed: int, call
                     for number, client in enumerate(clients)
                 ]
             )
+            watches = [
+                asyncio.ensure_future(_watch(client, ids, endured))
+                for client, ids in zip(clients, made, strict=True)
+            ]
             done = await asyncio.gather(*[_work(client, f"w-{n}") for n, client in enumerate(clients)])
+            await asyncio.gather(*watches)
+        endured.duplicated, endured.straggled = proxy.duplicated, proxy.straggled
         expected = sorted(rollout_id for ids in made for rollout_id in ids)
         endured.rollouts = len(expected)
         await _compare(store, expected, sorted(rollout_id for ids in done for rollout_id in ids), endured)
@@ -68,6 +82,23 @@ async def _enqueue(client: LightningStoreClient, number: int, enough: Callable[[
     while not enough(len(made)):
         made.append((await client.enqueue_rollout([number, len(made)])).rollout_id)
     return made
+
+
+async def _watch(client: LightningStoreClient, rollout_ids: list[str], endured: Endured) -> None:
+    """Follow these to their end, which must be told, and nothing twice."""
+    told: dict[str, list[int]] = {rollout_id: [] for rollout_id in rollout_ids}
+    last: dict[str, str] = {}
+    async for event in client.watch_rollouts(rollout_ids=rollout_ids):
+        told[event.rollout.rollout_id].append(event.revision)
+        last[event.rollout.rollout_id] = event.rollout.status
+        endured.events += 1
+    if last != dict.fromkeys(rollout_ids, "succeeded"):
+        endured.wrong.append(f"a watch of {len(rollout_ids)} rollouts ended with {last}")
+    endured.wrong += [
+        f"{rollout_id}: a watcher was told of the revisions {revisions}"
+        for rollout_id, revisions in told.items()
+        if revisions != sorted(set(revisions))
+    ]
 
 
 async def _work(client: LightningStoreClient, worker_id: str) -> list[str]:
@@ -101,7 +132,7 @@ async def _cut_at_random(proxy: TcpProxy, seed: int, endured: Endured) -> AsyncI
 
     async def cut() -> None:
         while True:
-            await asyncio.sleep(chance.uniform(0.02, 0.2))
+            await asyncio.sleep(chance.uniform(0.05, 0.4))
             proxy.swallows_answers = chance.random() < 0.5
             await asyncio.sleep(chance.uniform(0, 0.03))
             proxy.cut()

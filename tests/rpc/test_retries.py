@@ -13,7 +13,7 @@ import pytest
 from lightning.rpc import LightningStoreClient, LightningStoreServer, StoreUnavailableError
 from lightning.store import InMemoryLightningStore
 from lightning.store.contract import LightningStore
-from lightning.store.forwarding import ForwardingStore
+from lightning.store.forwarding import ForeignStore
 from lightning.testing import make_span
 from lightning.testing.proxy import TcpProxy
 from lightning.testing.unreliable import UnreliableStore
@@ -117,21 +117,17 @@ async def test_a_lost_answer_never_does_anything_twice(
 async def test_a_store_that_knows_no_requests_is_protected_by_the_server(serve: Any, connect: Any) -> None:
     """The table of outcomes, alone: this store would enqueue a second time."""
 
-    class Forgetful(ForwardingStore):
+    class Forgetful(ForeignStore):
         def __init__(self) -> None:
-            self._store = InMemoryLightningStore()
+            super().__init__(InMemoryLightningStore())
             self.enqueued = 0
-
-        @property
-        def capabilities(self) -> Any:
-            return self._store.capabilities
 
         async def _forward(self, verb: str, *args: Any, **kwargs: Any) -> Any:
             self.enqueued += verb == "enqueue_many_rollouts"
             from lightning.store.idempotency import request
 
             with request(None):
-                return await getattr(self._store, verb)(*args, **kwargs)
+                return await super()._forward(verb, *args, **kwargs)
 
     store = UnreliableStore(Forgetful())
     server = await serve(store)
