@@ -4,6 +4,10 @@
     .venv/bin/python scripts/prove_endings.py                        every layout, every ending
     .venv/bin/python scripts/prove_endings.py --only apart kill      those whose names have both words in them
 
+The layouts are threads ("shm"), processes ("cs"), those with the runner in the main process, and the roles in programs
+of their own; then processes once more, where the program is run by `python -m`, its bundles are closures, it executes
+the job in a process of multiprocessing (spawn and forkserver), or is a cell in a real Jupyter kernel.
+
 For each cell: the exit codes and what is said on stderr; every process of the job gone within the limit; the port
 free; no temporary file; the store's file sound, with the rollout in it as the algorithm last saw it. Prints the matrix
 with the seconds from the event to the end of the last process; the exit status is 1 if a cell is not as it should be.
@@ -35,78 +39,31 @@ from rich.table import Table
 
 from lightning import SQLiteLightningStore
 
+ENDINGS_FOLDER = Path(__file__).resolve().parent / "endings"
 MARK = "LIGHTNING_PROOF_MARK"
 BEGIN_LIMIT_SECONDS = 60.0
 END_LIMIT_SECONDS = 30.0
 """How long a job may take to be gone: its timeouts, which are 2 s each, and what a busy machine adds."""
 FORBEARANCE_SECONDS = 2.0
 
-PROGRAM = """
-import asyncio, ctypes, json, os, signal, sys, time
-
-import lightning
-from lightning.execution import worker_name
-
-settings = json.loads(sys.argv[1])
-kind, behaviour = settings.pop("kind"), settings.pop("behaviour")
-store_path = settings.pop("store_path")
-
-
-class Algorithm:
-    async def __call__(self, store, event):
-        limits = {"timeout_seconds": 2.0} if behaviour == "agent hangs" else {"max_attempts": 2}
-        config = lightning.RolloutConfig(retry_condition=["unresponsive"], **limits)
-        rollout = await store.enqueue_rollout(input=behaviour, config=config)
-        print("enqueued", rollout.rollout_id)
-        if behaviour == "stubborn":
-            await store.wait_for_rollouts(rollout_ids=[rollout.rollout_id], timeout=2.0)
-            print("algorithm blocks")
-            time.sleep(1000)
-        (done,) = await store.wait_for_rollouts(rollout_ids=[rollout.rollout_id])
-        print("rollout", done.status)
-        if behaviour == "algorithm raises":
-            raise KeyError("of the algorithm")
-
-
-class Runner:
-    async def __call__(self, store, index, event):
-        if behaviour == "runner raises":
-            while not await store.query_rollouts():
-                await asyncio.sleep(0.1)
-            await asyncio.sleep(0.5)  # for the algorithm to say so
-            raise RuntimeError("of the runner")
-        await lightning.AgentRunner(store=store, agent=self.work, worker_id=worker_name(index)).run(event)
-
-    async def work(self, task, rollout):
-        print("agent begins in", os.getpid())
-        if task == "agent raises":
-            raise LookupError("of the agent")
-        if task == "agent hangs":
-            while True:
-                ctypes.CDLL(None).sleep(1000)
-        if task == "waits" or task == "dies" and rollout.attempt.sequence_id == 1:
-            await asyncio.sleep(1000)
-        if task == "stubborn":
-            time.sleep(1000)
-        return 1.0
-
-
-store = None
-if kind == "shm":
-    strategy = lightning.SharedMemoryExecutionStrategy(**settings)
-    store = lightning.SQLiteLightningStore(store_path)
-else:
-    strategy = lightning.ClientServerExecutionStrategy(store_url="sqlite:" + store_path, **settings)
-strategy.execute(Algorithm(), Runner(), store)
-print("done")
-"""
+FORMS = {
+    "script": (str(ENDINGS_FOLDER / "program.py"),),
+    "module": ("-m", "endings.program"),
+    "closure": (str(ENDINGS_FOLDER / "program.py"),),
+    "spawn": (str(ENDINGS_FOLDER / "program.py"),),
+    "forkserver": (str(ENDINGS_FOLDER / "program.py"),),
+    "notebook": (str(ENDINGS_FOLDER / "kernel.py"), str(ENDINGS_FOLDER / "program.py")),
+}
+"""How the program is started; it knows itself how to be the others."""
 
 LAYOUTS: dict[str, list[dict[str, object]]] = {
     "shm": [{"kind": "shm"}],
     "cs": [{"kind": "cs"}],
     "cs, runner in main": [{"kind": "cs", "main_process": "runner"}],
     "roles apart": [{"kind": "cs", "role": "algorithm"}, {"kind": "cs", "role": "runner"}],
+    **{form: [{"kind": "cs", "form": form}] for form in FORMS if form != "script"},
 }
+"""The programs of a job. Those after the first four are "cs" once more, in other forms."""
 
 
 class CellError(Exception):
@@ -119,21 +76,25 @@ class Program:
     def __init__(self, folder: Path, name: str, mark: str, settings: dict[str, object]) -> None:
         self._out, self._err = folder / f"{name}.out", folder / f"{name}.err"
         (folder / "temp").mkdir(exist_ok=True)
-        script = folder / "program.py"
-        script.write_text(PROGRAM)
+        environment = {MARK: mark, "TMPDIR": str(folder / "temp"), "PYTHONPATH": str(ENDINGS_FOLDER.parent)}
         with self._out.open("wb") as out, self._err.open("wb") as err:
             self.process = subprocess.Popen(
-                [sys.executable, "-u", str(script), json.dumps(settings)],
+                [sys.executable, *FORMS[str(settings["form"])], json.dumps(settings)],
                 stdout=out,
                 stderr=err,
                 cwd=folder,
-                env={**os.environ, MARK: mark, "TMPDIR": str(folder / "temp")},
+                env={**os.environ, **environment},
                 start_new_session=True,
             )
 
     @property
     def stderr(self) -> str:
         return self._err.read_text()
+
+    @property
+    def job_pid(self) -> int:
+        """The process in which the job is executed: that of the program, mostly."""
+        return int(self.wait_to_say("executes in"))
 
     def said(self, start: str) -> str | None:
         """The rest of the first line that begins so."""
@@ -164,6 +125,7 @@ class Run:
     def start(self) -> None:
         for number, layout in enumerate(LAYOUTS[self.layout]):
             settings: dict[str, object] = {
+                "form": "script",
                 **layout,
                 "behaviour": self.behaviour,
                 "store_path": str(self.folder / "store.db"),
@@ -227,11 +189,11 @@ def ctrl_c_twice(run: Run) -> None:
 
 
 def sigterm(run: Run) -> None:
-    run.first.process.terminate()
+    os.kill(run.first.job_pid, signal.SIGTERM)
 
 
 def kill_parent(run: Run) -> None:
-    run.last.process.kill()
+    os.kill(run.last.job_pid, signal.SIGKILL)
 
 
 def kill_runner(run: Run) -> None:
@@ -248,7 +210,7 @@ def kill_server(run: Run) -> None:
 
 INTERRUPTED = (-signal.SIGINT,)
 TERMINATED = (128 + signal.SIGTERM, -signal.SIGTERM)
-KILLED = (-signal.SIGKILL,)
+KILLED = (128 + signal.SIGKILL, -signal.SIGKILL)
 
 
 @dataclass(frozen=True)
@@ -279,8 +241,8 @@ class Ending:
         return self.act in (kill_server, ctrl_c_twice)
 
 
-PROCESSES = ("cs", "cs, runner in main", "roles apart")
-OWN_RUNNERS = ("cs", "roles apart")
+PROCESSES = tuple(layout for layout in LAYOUTS if layout != "shm")
+OWN_RUNNERS = tuple(layout for layout in PROCESSES if layout != "cs, runner in main")
 ENDINGS = {
     "normal end": Ending("", nothing, (0,), leaves=("succeeded",)),
     "algorithm raises": Ending("algorithm raises", nothing, (1,), words="KeyError: 'of the algorithm'"),
@@ -412,7 +374,7 @@ def main() -> int:
     ]
     if not cells:
         parser.error("no cell has these words in its name")
-    console, results = Console(width=140), {}
+    console, results = Console(width=160), {}
 
     def cell(key: tuple[str, str]) -> None:
         name, layout = key
@@ -422,14 +384,15 @@ def main() -> int:
             results[key] = "FAILED"
             console.print(f"{layout}, {name}: {error}", style="red", markup=False)
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress, ThreadPoolExecutor(options.at_once) as pool:
+    parts = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*parts, console=console) as progress, ThreadPoolExecutor(options.at_once) as pool:
         task = progress.add_task("cells", total=len(cells))
         for _ in pool.map(cell, cells):
             progress.advance(task)
-    table = Table("ending", *LAYOUTS)
+    columns = [layout for layout in LAYOUTS if any(layout == each for _, each in cells)]
+    table = Table("ending", *columns)
     for name in dict.fromkeys(name for name, _ in cells):
-        table.add_row(name, *(results.get((name, layout), "–") for layout in LAYOUTS))
+        table.add_row(name, *(results.get((name, layout), "–") for layout in columns))
     console.print(table)
     return int("FAILED" in results.values())
 

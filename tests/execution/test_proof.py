@@ -21,7 +21,15 @@ def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("words", [("roles apart", "kill -9 of the server"), ("shm", "agent raises")])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("roles apart", "kill -9 of the server"),
+        ("shm", "agent raises"),
+        ("module", "normal end"),
+        ("notebook", "Ctrl-C once"),
+    ],
+)
 def test_a_cell_of_the_matrix_of_endings(words: tuple[str, ...]) -> None:
     outcome = run("prove_endings.py", "--only", *words)
     assert outcome.returncode == 0, outcome.stdout + outcome.stderr
