@@ -93,7 +93,9 @@ def children(manager: KernelManager, client: BlockingKernelClient) -> str:
 
 
 def main() -> int:
-    os.environ.pop("PYTEST_CURRENT_TEST", None)  # with it a kernel does not pass on what other processes print
+    os.environ.pop(
+        "PYTEST_CURRENT_TEST", None
+    )  # with it a kernel does not pass on what other processes print
     manager = KernelManager(kernel_name="python3")
     # what it prints comes as messages; it would say some of it twice
     manager.start_kernel(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

@@ -16,7 +16,7 @@ def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         [sys.executable, str(SCRIPTS / script), *arguments],
         capture_output=True,
         text=True,
-        timeout=55,
+        timeout=100,
         check=False,
     )
 
@@ -47,3 +47,9 @@ def test_others_take_over_from_a_machine_that_dies() -> None:
     outcome = run("prove_runners.py", "--lease", "1", "--rollouts", "1", "--only", "machine's death")
     assert "FAILED" not in outcome.stdout, outcome.stdout + outcome.stderr
     assert " max " in outcome.stdout, outcome.stdout + outcome.stderr
+
+
+def test_random_deaths_leave_each_rollout_in_one_terminal_state() -> None:
+    outcome = run("prove_fleet.py", "--seconds", "3", "--runners", "6", "--processes", "2", "--pace", "0.1")
+    assert outcome.returncode == 0, outcome.stdout + outcome.stderr
+    assert "rollouts succeeded" in outcome.stdout
