@@ -96,6 +96,7 @@ def storm(name: str, store: LightningStore, seconds: float, progress: Progress) 
         report = stress(store, go_on=tell)
     finally:
         asyncio.run(store.close())
+    progress.update(task, completed=round(seconds))
     progress.console.print(
         f"{name}: 64 threads on 8 event loops, {report.calls} calls, {len(report.claimed)} claims, "
         "nothing lost or repeated",
