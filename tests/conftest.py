@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
@@ -26,6 +27,12 @@ _PROCESS_WIDE_THREADS = (
     "AnyIO worker thread",  # idle ones are kept for the next test
     "Dummy-",  # what Python calls a thread of gRPC's core in which it was asked for something
 )
+
+
+def pytest_configure() -> None:
+    """Where tests run as a background job of a shell, SIGINT is ignored, and would be in all that the tests start."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture

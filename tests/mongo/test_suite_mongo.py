@@ -27,8 +27,13 @@ from lightning.testing.contract import (
     WatchContract,
 )
 
+PATIENCE_SECONDS = 60.0
+"""64 writers of one document wait for each other's majority commits, which a busy machine makes long."""
+
 
 class TestReplicaSet(ClockedStoreContractSuite, RunnerContract, ResumedWatchContract):
+    deadline_seconds = PATIENCE_SECONDS
+
     @pytest.fixture
     async def store(
         self, replica_set: Mongod, partition: str, clock: FakeClock
@@ -57,6 +62,8 @@ class TestStandalone(
 class TestThroughClient(
     QueueContract, SequenceIdContract, WaitingContract, WatchContract, ResumedWatchContract, RealTimeContract
 ):
+    deadline_seconds = PATIENCE_SECONDS
+
     @pytest.fixture
     async def store(self, replica_set: Mongod, partition: str) -> AsyncIterator[LightningStoreClient]:
         server = LightningStoreServer(MongoLightningStore(replica_set.uri, partition_id=partition), port=0)
