@@ -369,7 +369,12 @@ class LightningStoreServer(ForwardingStore):
         stop = Stop(reason=reason) if stop_workers else None
         await running.service.drain(reason, grace, stop)
         if stop is not None:
-            await self._store.send_command(stop)  # to workers in this process
+            try:
+                await self._store.send_command(
+                    stop
+                )  # to workers in this process, and at other servers of the store
+            except Exception as error:  # noqa: BLE001  # it ends all the same
+                logger.warning("workers elsewhere could not be told to stop: %s", error)
         running.health.end_watches()
         await running.close(_FLUSH_SECONDS)
 

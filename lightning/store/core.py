@@ -22,6 +22,7 @@ from lightning.store.idempotency import applied_value, current_request, mark_app
 from lightning.store.mailbox import WorkerMailboxes
 from lightning.store.outside import OutsideWorld
 from lightning.store.persistence.abc import (
+    CommandNotice,
     Notice,
     Persistence,
     ResourcesNotice,
@@ -37,6 +38,7 @@ from lightning.types import (
     CancelAttempt,
     LightningStoreCapabilities,
     ResourcesChanged,
+    WorkerCommand,
 )
 
 T = TypeVar("T")
@@ -87,6 +89,13 @@ class EngineCore(LightningStore):
     @property
     def _mailboxes(self) -> WorkerMailboxes:
         return self._commands
+
+    async def send_command(self, command: WorkerCommand, worker_id: str | None = None) -> int:
+        here = self._commands.send(command, worker_id)
+        if not self._persistence.shared:
+            return here
+        await self._enter()
+        return here + await self._persistence.send_command(command, worker_id)
 
     @property
     def capabilities(self) -> LightningStoreCapabilities:
@@ -215,20 +224,24 @@ class EngineCore(LightningStore):
         self._watchdog.watch(lifecycle.next_deadline(after))
         self._publish(after.rollout_id, effects)
 
-    def _hear(self, notice: Notice) -> None:
-        """Let those who wait on this server know what another one did."""
+    def _hear(self, notice: Notice) -> int:
+        """Let those who wait on this server know what another one did; returns how many worker processes get a command
+        by it."""
+        if isinstance(notice, CommandNotice):
+            return self._commands.send(notice.command, notice.worker_id)
         if isinstance(notice, ResourcesNotice):
-            self._commands.send(
+            return self._commands.send(
                 ResourcesChanged(resources_id=notice.resources_id, version=notice.version), None
             )
-        elif isinstance(notice, RolloutNotice):
-            for hold in notice.effects.released:
-                self._interrupt(hold)
+        if isinstance(notice, RolloutNotice):
+            interrupted = sum(map(self._interrupt, notice.effects.released))
             self._publish(notice.rollout_id, notice.effects)
-        elif isinstance(notice, UntoldNotice):
+            return interrupted
+        if isinstance(notice, UntoldNotice):
             self._broker.publish(ANY_CHANGE)
         else:
             self._broker.publish_all()
+        return 0
 
     def _publish(self, rollout_id: str, effects: lifecycle.Effects) -> None:
         if effects.entered_queue:
@@ -238,7 +251,8 @@ class EngineCore(LightningStore):
         if effects.changed:
             self._broker.publish(("changed", rollout_id))
 
-    def _interrupt(self, hold: lifecycle.Hold) -> None:
-        if hold.status != "unresponsive":  # that one may yet be revived
-            ref = {"rollout_id": hold.lease.rollout_id, "attempt_id": hold.lease.attempt_id}
-            self._commands.send(CancelAttempt(**ref, status=hold.status), hold.worker_id)
+    def _interrupt(self, hold: lifecycle.Hold) -> int:
+        if hold.status == "unresponsive":  # that one may yet be revived
+            return 0
+        ref = {"rollout_id": hold.lease.rollout_id, "attempt_id": hold.lease.attempt_id}
+        return self._commands.send(CancelAttempt(**ref, status=hold.status), hold.worker_id)

@@ -12,6 +12,7 @@ from server import Mongod
 
 from lightning.store.idempotency import request
 from lightning.store.mongo import MongoLightningStore
+from lightning.store.persistence.mongo.schema import VERSION
 from lightning.types import AttemptedRollout, EnqueueRolloutRequest
 
 pytestmark = pytest.mark.anyio
@@ -69,7 +70,7 @@ async def test_indexes_of_the_version_before_make_room(mongod: Mongod, partition
         (claimed,) = await claim(store, "a")
         assert ids(await claim(store, "a")) == ids([claimed])
         await store.close()
-        assert client[name]["meta"].find_one({"_id": "schema"}) == {"_id": "schema", "version": 2}
+        assert client[name]["meta"].find_one({"_id": "schema"}) == {"_id": "schema", "version": VERSION}
         about = client[name]["rollouts"].index_information()
         assert about["each_attempt_once"]["unique"]
         assert "partition_1_attempts.attempt_id_1" not in about

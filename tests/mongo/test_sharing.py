@@ -17,9 +17,11 @@ from lightning.types import (
     LLM,
     AttemptedRollout,
     CancelAttempt,
+    Drain,
     EnqueueRolloutRequest,
     ResourcesChanged,
     RolloutConfig,
+    Stop,
 )
 
 pytestmark = pytest.mark.anyio
@@ -185,6 +187,22 @@ async def test_new_resources_reach_the_workers_of_another_server(open_store: Ope
     await here.statistics()
     update = await there.add_resources({"llm": LLM(endpoint="http://localhost", model="m")})
     assert list(await soon(listening)) == [ResourcesChanged(resources_id=update.resources_id, version=1)]
+
+
+async def test_commands_reach_workers_wherever_they_listen(open_store: Opener) -> None:
+    stores = [await open_store() for _ in range(3)]
+    await hears(stores[1], stores[0])
+    await hears(stores[2], stores[0])
+    assert await stores[0].send_command(Stop(), "w-1") == 0  # nobody listens yet
+    listening = [asyncio.ensure_future(store.receive_commands("w-1")) for store in stores[1:]]
+    other = asyncio.ensure_future(stores[2].receive_commands("w-2"))
+    for store in stores:
+        await store.statistics()
+    drain = Drain(reason="maintenance")
+    assert await soon(stores[0].send_command(drain, "w-1")) == 2
+    assert [list(await soon(waiter)) for waiter in listening] == [[drain], [drain]]
+    assert await soon(stores[1].send_command(Stop(reason="all"))) == 3
+    assert list(await soon(other)) == [Stop(reason="all")]
 
 
 async def test_the_deadlines_of_a_server_that_is_gone_are_kept(open_store: Opener) -> None:

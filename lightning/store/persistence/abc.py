@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from lightning.store.lifecycle import Effects
 from lightning.store.queries import RolloutQuery
 from lightning.store.records import ResourcesRecord, RolloutRecord, SpanReceipt, SpanRecord, WorkerRecord
+from lightning.types import WorkerCommand
 
 RolloutTransition = Callable[[RolloutRecord], RolloutRecord]
 ClaimTransition = Callable[[RolloutRecord, int], RolloutRecord]
@@ -81,6 +82,15 @@ class ResourcesNotice:
 
 
 @dataclass(frozen=True)
+class CommandNotice:
+    """Another server sends a command to workers."""
+
+    command: WorkerCommand
+    worker_id: str | None
+    """To which of them; None: to all."""
+
+
+@dataclass(frozen=True)
 class LookAgain:
     """Changes that other servers made may have gone unnoticed."""
 
@@ -91,8 +101,9 @@ class UntoldNotice:
     at them."""
 
 
-Notice = RolloutNotice | ResourcesNotice | LookAgain | UntoldNotice
-Announce = Callable[[Notice], None]
+Notice = RolloutNotice | ResourcesNotice | CommandNotice | LookAgain | UntoldNotice
+Announce = Callable[[Notice], int]
+"""Passes a notice on to whom it concerns; returns how many worker processes get a command by it."""
 
 
 class SpansEvictedError(RuntimeError):
@@ -159,6 +170,11 @@ class Persistence(ABC):
             is_awaited: Whether anybody waits for anything, for backends that can only look from time to time.
         """
         return
+
+    async def send_command(self, command: WorkerCommand, worker_id: str | None) -> int:
+        """Have other servers bring a command to workers that listen there; returns how many worker processes get it.
+        Called only if `shared`."""
+        return 0
 
     # --- rollouts ---
 

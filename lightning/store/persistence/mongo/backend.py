@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import timedelta
 
 from bson import Timestamp
@@ -25,8 +26,10 @@ from lightning.store.persistence.abc import (
     Totals,
     WorkerTransition,
 )
+from lightning.store.persistence.mongo.commands import MongoCommands
 from lightning.store.persistence.mongo.connection import Document, MongoConnection, MongoSettings
 from lightning.store.persistence.mongo.documents import ChangeTokens, RolloutForm, WorkerForm, number
+from lightning.store.persistence.mongo.dropped import MongoDropped
 from lightning.store.persistence.mongo.housekeeping import MongoHousekeeping
 from lightning.store.persistence.mongo.intents import MongoIntents
 from lightning.store.persistence.mongo.payloads import MongoPayloads
@@ -40,6 +43,7 @@ from lightning.store.persistence.mongo.totals import count_totals
 from lightning.store.persistence.mongo.watch import OVERLAP_SECONDS, watch
 from lightning.store.queries import RolloutQuery
 from lightning.store.records import ResourcesRecord, RolloutRecord, SpanReceipt, SpanRecord, WorkerRecord
+from lightning.types import WorkerCommand
 
 
 class _Session:
@@ -57,7 +61,9 @@ class _Session:
         self.spans = MongoSpans(connection, self.rollouts, payloads, partition)
         self.resources = MongoResources(connection, payloads, tokens, partition)
         self.intents = MongoIntents(connection, self.rollouts, partition)
-        self.housekeeping = MongoHousekeeping(connection, self.intents, partition)
+        self.dropped = MongoDropped(connection, partition)
+        self.commands = MongoCommands(connection, tokens, partition)
+        self.housekeeping = MongoHousekeeping(connection, self.intents, self.dropped, partition)
 
     async def close(self) -> None:
         for part in (self.queue, self.rollouts, self.workers, self.spans):
@@ -122,14 +128,22 @@ class MongoPersistence(Persistence):
 
     async def watch(self, announce: Announce, is_awaited: Callable[[], bool]) -> None:
         session = self._session
-        upkeep = asyncio.create_task(
-            session.housekeeping.run(self._settings.retain_seconds), name="lightning-mongo-upkeep"
-        )
+        partition, tokens, commands = self._settings.partition_id, self._tokens, session.commands
+        await commands.arrive()
+        beside = [
+            asyncio.create_task(work, name="lightning-mongo-upkeep")
+            for work in (session.housekeeping.run(self._settings.retain_seconds), commands.stay())
+        ]
         try:
-            await watch(session.connection, self._settings.partition_id, self._tokens, announce, is_awaited)
+            await watch(session.connection, partition, tokens, commands, announce, is_awaited)
         finally:
-            upkeep.cancel()
-            await asyncio.gather(upkeep, return_exceptions=True)
+            for task in beside:
+                task.cancel()
+            await asyncio.gather(*beside, return_exceptions=True)
+            await commands.leave()
+
+    async def send_command(self, command: WorkerCommand, worker_id: str | None) -> int:
+        return await self._session.commands.send(command, worker_id)
 
     # --- rollouts ---
 
@@ -159,6 +173,13 @@ class MongoPersistence(Persistence):
         connection = self._session.connection
         answer = await connection.run(lambda: connection.database.command("hello"))
         return number(Timestamp(answer["localTime"] - timedelta(seconds=OVERLAP_SECONDS), 0))
+
+    async def why_gone(self, rollout_id: str) -> str | None:
+        if not await self._session.dropped.is_marked(rollout_id):
+            return None
+        kept = self._settings.retain_seconds
+        which = "" if kept is None else f", which keeps finished ones for {kept:g} s"
+        return f"it had finished, and was dropped with its spans by this store{which}"
 
     async def get_rollout_of_attempt(self, attempt_id: str) -> RolloutRecord | None:
         if not is_text(attempt_id):
@@ -290,7 +311,9 @@ class MongoPersistence(Persistence):
 
     async def totals(self) -> Totals:
         session = self._session
-        return await count_totals(session.connection, session.rollouts, self._settings.partition_id)
+        totals = await count_totals(session.connection, session.rollouts, self._settings.partition_id)
+        dropped, spans = await session.dropped.counts()
+        return replace(totals, dropped_rollouts=dropped, evicted_spans=spans)
 
     async def check_writable(self) -> None:
         await write_something(self._session.connection)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from datetime import datetime, timedelta, timezone
 
-from bson import ObjectId
+from bson import ObjectId, Timestamp
 
 from lightning.store.persistence.mongo.connection import Document, MongoConnection
 from lightning.store.persistence.mongo.documents import references
+from lightning.store.persistence.mongo.dropped import MongoDropped
 from lightning.store.persistence.mongo.intents import MongoIntents
-from lightning.store.persistence.mongo.schema import PAYLOADS, ROLLOUTS, SPANS
+from lightning.store.persistence.mongo.schema import COMMANDS, PAYLOADS, ROLLOUTS, SPANS
 
 logger = logging.getLogger(__name__)
 
@@ -21,12 +23,17 @@ _BATCH_ROLLOUTS = 100
 _ABANDONED_AFTER_SECONDS = 3600.0
 """No call takes so long: what it wrote beside a document and did not confirm has an owner for good by then, or none."""
 
+_FORGET_COMMANDS_SECONDS = 60.0
+
 
 class MongoHousekeeping:
     """Keeps a partition in order."""
 
-    def __init__(self, connection: MongoConnection, intents: MongoIntents, partition: str) -> None:
+    def __init__(
+        self, connection: MongoConnection, intents: MongoIntents, dropped: MongoDropped, partition: str
+    ) -> None:
         self._connection = connection
+        self._dropped = dropped
         self._intents = intents
         self._partition = partition
 
@@ -38,6 +45,7 @@ class MongoHousekeeping:
                 await self._intents.recover()
                 await self.delete_expired()
                 await self.settle_payloads()
+                await self._forget_commands()
             except Exception:
                 logger.exception("housekeeping failed; trying again in %s s", period)
             await asyncio.sleep(period)
@@ -50,7 +58,8 @@ class MongoHousekeeping:
         deleted = 0
         rollouts = self._connection.collection(ROLLOUTS)
         while True:
-            expired = {"partition": self._partition, "expire_at": {"$lt": datetime.now(timezone.utc)}}
+            time_is_up = {"$lt": datetime.now(timezone.utc)}
+            expired = {"partition": self._partition, "expire_at": time_is_up}
             found = await self._connection.run(
                 lambda expired=expired: (
                     rollouts.find(expired, {"_id": 1})  # type: ignore[misc]
@@ -61,17 +70,29 @@ class MongoHousekeeping:
             )
             if not found:
                 return deleted
-            keys = [document["_id"] for document in found]
-            theirs = {
-                "partition": self._partition,
-                "rollout_id": {"$in": [key["rollout_id"] for key in keys]},
-            }
-            for name in (SPANS, PAYLOADS):
-                collection = self._connection.collection(name)
-                await self._connection.run(lambda c=collection, t=theirs: c.delete_many(t))  # type: ignore[misc]
-            doomed = {"_id": {"$in": keys}, "expire_at": expired["expire_at"]}
-            result = await self._connection.run(lambda doomed=doomed: rollouts.delete_many(doomed))  # type: ignore[misc]
-            deleted += result.deleted_count
+            deleted += await self._delete([document["_id"] for document in found], time_is_up)
+
+    async def _delete(self, keys: list[Document], time_is_up: Document) -> int:
+        rollout_ids = [key["rollout_id"] for key in keys]
+        spans = await self._dropped.mark(rollout_ids)
+        theirs = {"partition": self._partition, "rollout_id": {"$in": rollout_ids}}
+        for name in (SPANS, PAYLOADS):
+            collection = self._connection.collection(name)
+            await self._connection.run(lambda c=collection: c.delete_many(theirs))  # type: ignore[misc]
+        rollouts = self._connection.collection(ROLLOUTS)
+        these = {"_id": {"$in": keys}}
+        result = await self._connection.run(lambda: rollouts.delete_many({**these, "expire_at": time_is_up}))
+        if result.deleted_count < len(keys):  # another server deleted them, or they are to be executed again
+            left = await self._connection.run(lambda: rollouts.find(these, {"_id": 1}).to_list())
+            await self._dropped.unmark([document["_id"]["rollout_id"] for document in left])
+        await self._dropped.count(result.deleted_count, spans)
+        return result.deleted_count
+
+    async def _forget_commands(self) -> None:
+        """Delete those that a server sent and died before it got its answers."""
+        before = Timestamp(int(time.time() - _FORGET_COMMANDS_SECONDS), 0)
+        old = {"partition": self._partition, "ordinal": {"$lt": before}}
+        await self._connection.run(lambda: self._connection.collection(COMMANDS).delete_many(old))
 
     async def settle_payloads(self) -> None:
         """Confirm or delete what a server wrote beside a document before it died."""

@@ -13,11 +13,14 @@ from pymongo.errors import DuplicateKeyError, OperationFailure, PyMongoError
 from lightning.store.persistence.abc import BackendError, BackendOpenError
 from lightning.store.persistence.mongo.connection import MongoConnection
 
-VERSION = 2
+VERSION = 3
 _OPEN_SECONDS = 10.0
 """How long to wait for MongoDB at first. Less than later: a wrong address is the likelier reason."""
 _CHECK_SECONDS = 5.0
 """How long to try to write before MongoDB is said to be unavailable: who asks wants to know, not to wait."""
+
+_REMEMBER_DROPPED_SECONDS = 30 * 86_400
+"""For so long, who asks for a rollout that was dropped is told that it was."""
 
 ROLLOUTS = "rollouts"
 SPANS = "spans"
@@ -25,6 +28,9 @@ PAYLOADS = "payloads"
 RESOURCES = "resources"
 WORKERS = "workers"
 INTENTS = "intents"
+COMMANDS = "commands"
+SERVERS = "servers"
+DROPPED = "dropped"
 META = "meta"
 _SCHEMA, _CHECK = "schema", "check"
 """The documents in `META`."""
@@ -36,6 +42,8 @@ class _Index:
     unique: bool = False
     only_with: str | None = None
     """Holds just the documents that have this field."""
+    seconds: int | None = None
+    """After so long, by the date in the field, MongoDB deletes the document."""
     name: str | None = None
     """None: as MongoDB calls it."""
 
@@ -43,6 +51,8 @@ class _Index:
         options: dict[str, Any] = {}
         if self.unique:
             options["unique"] = True
+        if self.seconds is not None:
+            options["expireAfterSeconds"] = self.seconds
         if self.name is not None:
             options["name"] = self.name
         if self.only_with is not None:
@@ -76,6 +86,9 @@ INDEXES: dict[str, tuple[_Index, ...]] = {
     RESOURCES: (_Index(("partition", "ordinal")),),
     WORKERS: (_Index(("partition", "ordinal")),),
     INTENTS: (_Index(("partition", "written_at")),),
+    COMMANDS: (_Index(("partition", "ordinal")),),
+    DROPPED: (_Index(("dropped_at",), seconds=_REMEMBER_DROPPED_SECONDS),),
+    SERVERS: (_Index(("partition",)),),
 }
 
 

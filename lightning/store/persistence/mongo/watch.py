@@ -21,9 +21,10 @@ from lightning.store.persistence.abc import (
     RolloutNotice,
     UntoldNotice,
 )
+from lightning.store.persistence.mongo.commands import MongoCommands
 from lightning.store.persistence.mongo.connection import Document, MongoConnection
 from lightning.store.persistence.mongo.documents import ChangeTokens
-from lightning.store.persistence.mongo.schema import RESOURCES, ROLLOUTS
+from lightning.store.persistence.mongo.schema import COMMANDS, RESOURCES, ROLLOUTS
 from lightning.store.records import Lease
 
 _NO_CHANGE_STREAMS_CODE = 40573
@@ -44,41 +45,53 @@ async def watch(
     connection: MongoConnection,
     partition: str,
     tokens: ChangeTokens,
+    commands: MongoCommands,
     announce: Announce,
     is_awaited: Callable[[], bool],
 ) -> None:
     """See `Persistence.watch`."""
     try:
-        await _follow(connection, partition, tokens, announce)
+        await _follow(connection, partition, tokens, commands, announce)
     except OperationFailure as error:
         if error.code != _NO_CHANGE_STREAMS_CODE:
             raise
-    await _look_around(connection, partition, announce, is_awaited)
+    await _look_around(connection, partition, tokens, commands, announce, is_awaited)
 
 
 # --- By a change stream ----------------------------------------------------------------------------------------
 
 
 async def _follow(
-    connection: MongoConnection, partition: str, tokens: ChangeTokens, announce: Announce
+    connection: MongoConnection,
+    partition: str,
+    tokens: ChangeTokens,
+    commands: MongoCommands,
+    announce: Announce,
 ) -> None:
     async with await connection.database.watch(_pipeline(partition, tokens)) as stream:
         announce(LookAgain())
         async for event in stream:
+            if event["ns"]["coll"] == COMMANDS:
+                await commands.bring(event["fullDocument"], announce)
+                continue
             for notice in _read_event(event):
                 announce(notice)
 
 
 def _pipeline(partition: str, tokens: ChangeTokens) -> list[Document]:
     """Of what others change in this partition, that which somebody may wait for; without the payloads."""
-    by_others = {"$not": {"$gte": tokens.first, "$lte": tokens.last}}
+    by_others = _by_others(tokens)
     updated = "updateDescription.updatedFields"
     return [
         {
             "$match": {
                 "documentKey._id.partition": partition,
                 "$or": [
-                    {"operationType": "insert", "ns.coll": RESOURCES, "fullDocument.change": by_others},
+                    {
+                        "operationType": "insert",
+                        "ns.coll": {"$in": [RESOURCES, COMMANDS]},
+                        "fullDocument.change": by_others,
+                    },
                     {
                         "operationType": "insert",
                         "ns.coll": ROLLOUTS,
@@ -102,6 +115,10 @@ def _pipeline(partition: str, tokens: ChangeTokens) -> list[Document]:
         },
         {"$unset": [f"{part}.{field}" for part in ("fullDocument", updated) for field in _PAYLOAD_FIELDS]},
     ]
+
+
+def _by_others(tokens: ChangeTokens) -> Document:
+    return {"$not": {"$gte": tokens.first, "$lte": tokens.last}}
 
 
 _PAYLOAD_FIELDS = ("input", "metadata", "config", "applied", "recent", "resources")
@@ -148,14 +165,22 @@ def _rollout_notice(
 
 
 async def _look_around(
-    connection: MongoConnection, partition: str, announce: Announce, is_awaited: Callable[[], bool]
+    connection: MongoConnection,
+    partition: str,
+    tokens: ChangeTokens,
+    commands: MongoCommands,
+    announce: Announce,
+    is_awaited: Callable[[], bool],
 ) -> None:
+    of_partition = {"partition": partition}
     feeds = [
-        _Feed(connection, ROLLOUTS, partition, "queue"),
-        _Feed(connection, ROLLOUTS, partition, "finished"),
-        _Feed(connection, RESOURCES, partition, "ordinal"),
+        _Feed(connection, ROLLOUTS, "queue", of_partition, _ATTEMPT_FIELDS),
+        _Feed(connection, ROLLOUTS, "finished", of_partition, _ATTEMPT_FIELDS),
+        _Feed(connection, RESOURCES, "ordinal", of_partition, ()),
     ]
-    for feed in feeds:
+    by_others = {**of_partition, "change": _by_others(tokens)}
+    sent = _Feed(connection, COMMANDS, "ordinal", by_others, ("worker_id", "command"))
+    for feed in (*feeds, sent):
         await feed.start()
     announce(LookAgain())
     looked = told = time.monotonic()
@@ -167,6 +192,8 @@ async def _look_around(
             for feed in feeds:
                 for document in await feed.news():
                     announce(_read_news(document, feed.field))
+            for document in await sent.news():
+                await commands.bring(document, announce)
             looked = time.monotonic()
             if looked - told >= _UNTOLD_SECONDS:
                 announce(UntoldNotice())
@@ -181,14 +208,33 @@ def _read_news(document: Document, field: str) -> Notice:
     return _rollout_notice(key["rollout_id"], {field: document[field]}, document["attempts"], changed=True)
 
 
-class _Feed:
-    """Documents in the order in which they got a field that holds a time of the database's logical clock."""
+_ATTEMPT_FIELDS = tuple(f"attempts.{name}" for name in ("attempt_id", "worker_id", "instance_id", "status"))
 
-    def __init__(self, connection: MongoConnection, collection: str, partition: str, field: str) -> None:
+
+class _Feed:
+    """Documents in the order in which they got a field that holds a time of the database's logical clock.
+
+    Args:
+        connection: The connection.
+        collection: Which.
+        field: That field.
+        condition: Which of them; names a partition.
+        fields: What to read beside it.
+    """
+
+    def __init__(
+        self,
+        connection: MongoConnection,
+        collection: str,
+        field: str,
+        condition: Document,
+        fields: Iterable[str],
+    ) -> None:
         self.field = field
         self._connection = connection
         self._collection = connection.collection(collection)
-        self._partition = partition
+        self._condition = condition
+        self._projection = dict.fromkeys((field, *fields), 1)
         self._position = Timestamp(0, 0)
         self._seen: set[Timestamp] = set()
 
@@ -212,7 +258,5 @@ class _Feed:
         return news
 
     def _find(self, start: Timestamp) -> AsyncCursor[Document]:
-        condition = {"partition": self._partition, self.field: {"$exists": True, "$gt": start}}
-        attempt_fields = ("attempt_id", "worker_id", "instance_id", "status")
-        projection = {self.field: 1, **{f"attempts.{name}": 1 for name in attempt_fields}}
-        return self._collection.find(condition, projection)
+        condition = {**self._condition, self.field: {"$exists": True, "$gt": start}}
+        return self._collection.find(condition, self._projection)
