@@ -2,8 +2,10 @@
 """Several store servers on one MongoDB, real processes of both, which are killed; then counts what became of the calls.
 
     .venv/bin/python scripts/prove_mongo.py                     everything
-    .venv/bin/python scripts/prove_mongo.py --only kills        one of: kills, wakes, sharing
+    .venv/bin/python scripts/prove_mongo.py --only kills        one of: suite, kills, wakes, sharing
 
+- suite: the contract suite and random histories, on both kinds of MongoDB, directly and through the client, also by TLS
+  with a token.
 - kills: a store server is killed 30 times while 8 clients work on it; see `prove_sqlite.py`.
 - wakes: one server's waiters are told of what ends on another; how long that takes.
 - sharing: four store servers, 64 claimers, 20,000 rollouts, on a replica set of three; in the middle the primary and a
@@ -16,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import subprocess
 import sys
 import tempfile
 import time
@@ -71,6 +74,17 @@ def find_primary(servers: list[Mongod]) -> Mongod:
     with pymongo.MongoClient(servers[0].uri) as client:
         host = client.admin.command("hello")["primary"]
     return next(server for server in servers if server.host == host)
+
+
+# --- The contract, everywhere ----------------------------------------------------------------------------------
+
+
+def prove_suite() -> list[str]:
+    """Tests say themselves what is wrong."""
+    suite = Path(__file__).parents[1] / "tests" / "mongo" / "full_suite.py"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", suite]
+    code = subprocess.run(command, check=False, cwd=suite.parents[2]).returncode
+    return [f"the suite ended with {code}"] if code else []
 
 
 # --- A store server is killed ----------------------------------------------------------------------------------
@@ -209,16 +223,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", choices=["kills", "wakes", "sharing"], help="just this")
+    parser.add_argument("--only", choices=["suite", "kills", "wakes", "sharing"], help="just this")
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--wakes", type=int, default=50)
     parser.add_argument("--rollouts", type=int, default=20_000, help="that are shared")
     parser.add_argument("--claimers", type=int, default=64)
     given = parser.parse_args()
     wrong: list[str] = []
+    if given.only in (None, "suite"):
+        wrong += prove_suite()
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="prove-mongo-")))
-        if given.only != "sharing":
+        if given.only in (None, "kills", "wakes"):
             alone = start_mongods(stack, folder / "alone", 1)
             if given.only != "wakes":
                 wrong += prove_kills(alone, given.kills)

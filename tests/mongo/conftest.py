@@ -7,11 +7,14 @@ import uuid
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from lightning.rpc.tokens import add_token
 from lightning.store.persistence.mongo.backend import MongoPersistence
 from lightning.store.persistence.mongo.connection import MongoSettings
+from tests.rpc.certificates import Authority
 
 for _folder in (Path(__file__).parent, Path(__file__).parents[1] / "store"):
     sys.path.append(str(_folder))  # helpers stand beside the tests
@@ -58,6 +61,16 @@ def mongod(request: pytest.FixtureRequest) -> Mongod:
     """A server of either kind."""
     server: Mongod = request.getfixturevalue(request.param)
     return server
+
+
+@pytest.fixture(scope="session")
+def credentials(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Options for TLS and a token: those of a server, and of its client."""
+    folder = tmp_path_factory.mktemp("credentials")
+    authority = Authority(folder)
+    token, _ = add_token(folder / "tokens.json", "algorithm", None, 3600)
+    server_options = authority.server_options(tokens=folder / "tokens.json")
+    return server_options, {"tls_ca": authority.file, "token": token}
 
 
 @pytest.fixture

@@ -1,4 +1,5 @@
-"""Random histories on MongoDB, a few; `scripts/prove_store.py` runs thousands on the stores that need no server."""
+"""Random histories on MongoDB, a few; `full_suite.py` has more, and `scripts/prove_store.py` thousands on the stores
+that need no server."""
 
 from __future__ import annotations
 
@@ -10,10 +11,10 @@ from server import Mongod
 
 from lightning.store.contract import LightningStore
 from lightning.store.mongo import MongoLightningStore
-from lightning.testing.machine import StoreMachine
+from lightning.testing.machine import ClientMachine, StoreMachine
 
 FEW = settings(
-    max_examples=6,
+    max_examples=3,
     stateful_step_count=30,
     deadline=None,
     database=None,
@@ -27,3 +28,11 @@ def test_random_histories(replica_set: Mongod) -> None:
             return MongoLightningStore(replica_set.uri, partition_id=uuid.uuid4().hex, clock=self.clock)
 
     run_state_machine_as_test(MongoMachine, settings=FEW)
+
+
+def test_random_histories_through_the_client(standalone: Mongod) -> None:
+    class MongoClientMachine(ClientMachine):
+        def make_store(self) -> LightningStore:
+            return MongoLightningStore(standalone.uri, partition_id=uuid.uuid4().hex, clock=self.clock)
+
+    run_state_machine_as_test(MongoClientMachine, settings=FEW)

@@ -1,9 +1,10 @@
-"""The contract suite on MongoDB: all of it on a replica set; on a standalone server, and through the client, what
-depends on being told of changes, on time and on the wire."""
+"""The contract suite on MongoDB: all of it on a replica set; on a standalone server, and through the client (by TLS,
+with a token), what depends on being told of changes, on time and on the wire. `full_suite.py` has it all everywhere."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 from server import Mongod
@@ -65,10 +66,14 @@ class TestThroughClient(
     deadline_seconds = PATIENCE_SECONDS
 
     @pytest.fixture
-    async def store(self, replica_set: Mongod, partition: str) -> AsyncIterator[LightningStoreClient]:
-        server = LightningStoreServer(MongoLightningStore(replica_set.uri, partition_id=partition), port=0)
+    async def store(
+        self, replica_set: Mongod, partition: str, credentials: tuple[dict[str, Any], dict[str, Any]]
+    ) -> AsyncIterator[LightningStoreClient]:
+        server_options, client_options = credentials
+        store = MongoLightningStore(replica_set.uri, partition_id=partition)
+        server = LightningStoreServer(store, port=0, **server_options)
         await server.start()
-        client = LightningStoreClient(server.endpoint)
+        client = LightningStoreClient(server.endpoint, **client_options)
         yield client
         await client.close()
         await server.close()
