@@ -295,7 +295,8 @@ class StoreEngine(ReadingVerbs):
         groups: dict[tuple[str, str], list[int]] = {}
         for index, (rollout_id, record) in enumerate(zip(rollout_ids, records, strict=True)):
             groups.setdefault((rollout_id, record.attempt_id), []).append(index)
-        await self._check_attempts_exist(groups)
+        if len(groups) > 1:  # none is to be stored if one of them cannot be
+            await self._check_attempts_exist(groups)
         receipts: dict[int, SpanReceipt] = {}
         for (rollout_id, attempt_id), indexes in groups.items():
             given = await self._complete(

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 
 from bson import Timestamp
 
@@ -66,7 +67,7 @@ class _Session:
         self.housekeeping = MongoHousekeeping(connection, self.intents, self.dropped, partition)
 
     async def close(self) -> None:
-        for part in (self.queue, self.rollouts, self.workers, self.spans):
+        for part in (self.queue, self.rollouts, self.workers, self.spans, self.resources):
             await part.close()
         await self.connection.close()
 
@@ -219,16 +220,27 @@ class MongoPersistence(Persistence):
         They are documents of their own, so two changes to a rollout may reach them in the wrong order. Whoever made one
         looks again afterwards, and makes good what the rollout has become since; so the last to do so leaves the truth.
         """
-        if settle is None:
-            return
-        for before, after in changes:
-            while workers := list(settle(before, after)):
+        pending = list(changes) if settle is not None else []
+        while pending and settle is not None:
+            held: list[RolloutRecord] = []
+            by_worker: dict[str, list[WorkerTransition]] = {}
+            for before, after in pending:
+                workers = list(settle(before, after))
+                held += [after] if workers else []
                 for worker_id, transition in workers:
-                    await self.change_worker(worker_id, transition)
-                current = await self.get_rollout(after.rollout_id)
-                if current is None or current.revision == after.revision:
-                    break
-                before, after = after, current
+                    by_worker.setdefault(worker_id, []).append(transition)
+            await asyncio.gather(
+                *(
+                    self.change_worker(worker_id, partial(_one_by_one, transitions))
+                    for worker_id, transitions in by_worker.items()
+                )
+            )
+            looked = await asyncio.gather(*(self.get_rollout(after.rollout_id) for after in held))
+            pending = [
+                (after, current)
+                for after, current in zip(held, looked, strict=True)
+                if current is not None and current.revision != after.revision
+            ]
 
     async def find_rollouts(self, query: RolloutQuery) -> tuple[list[RolloutRecord], int]:
         session = self._session
@@ -317,3 +329,9 @@ class MongoPersistence(Persistence):
 
     async def check_writable(self) -> None:
         await write_something(self._session.connection)
+
+
+def _one_by_one(transitions: Sequence[WorkerTransition], worker: WorkerRecord) -> WorkerRecord:
+    for transition in transitions:
+        worker = transition(worker)
+    return worker

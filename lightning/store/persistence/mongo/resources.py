@@ -8,6 +8,7 @@ from bson import MaxKey, MinKey
 from bson.errors import BSONError
 from pymongo.errors import DuplicateKeyError
 
+from lightning.store.persistence.mongo.batches import Batcher
 from lightning.store.persistence.mongo.connection import Document, MongoConnection
 from lightning.store.persistence.mongo.documents import (
     ChangeTokens,
@@ -20,6 +21,7 @@ from lightning.store.persistence.mongo.records import is_text, raise_refusal
 from lightning.store.persistence.mongo.schema import RESOURCES
 from lightning.store.records import ResourcesRecord
 
+_MAX_ASKED_AT_ONCE = 1000
 _LARGEST_VERSION = 2**63 - 1
 
 
@@ -34,6 +36,13 @@ class MongoResources:
         self._tokens = tokens
         self._partition = partition
         self._collection = connection.collection(RESOURCES)
+        self._latest: Batcher[None, ResourcesRecord | None] = Batcher(
+            self._find_latest, max_items=_MAX_ASKED_AT_ONCE
+        )
+
+    async def close(self) -> None:
+        """Wait for what is under way."""
+        await self._latest.close()
 
     async def insert(self, record: ResourcesRecord) -> bool:
         """See `Persistence.insert_resources`."""
@@ -78,10 +87,16 @@ class MongoResources:
 
     async def get_latest(self) -> ResourcesRecord | None:
         """See `Persistence.get_latest_resources`."""
+        return await self._latest.do(None)
+
+    async def _find_latest(self, asked: list[None]) -> list[ResourcesRecord | None]:
         condition = {"partition": self._partition}
-        return await self._record(
-            await self._connection.run(lambda: self._collection.find_one(condition, sort=[("ordinal", -1)]))
+        latest = await self._record(
+            await self._connection.persist(
+                lambda: self._collection.find_one(condition, sort=[("ordinal", -1)])
+            )
         )
+        return [latest] * len(asked)
 
     async def find(self) -> list[ResourcesRecord]:
         """See `Persistence.find_resources`."""
