@@ -6,7 +6,7 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks import e2e, engines, flat, growth, idle, memory, restart, soak, store, stream
+from benchmarks import budget, e2e, engines, flat, growth, idle, memory, restart, soak, store, stream
 from benchmarks.figures import Section
 
 Step = Callable[[str], None]
@@ -36,6 +36,11 @@ def parts(minutes: float | None = None) -> dict[str, Part]:
             lambda step: store.measure(3, 2000, step),
             lambda step: store.measure(1, 400, step),
             with_peer=True,
+        ),
+        "budget": Part(
+            "where the time of a call goes",
+            lambda step: budget.measure(3, 3000, step),
+            lambda step: budget.measure(1, 500, step),
         ),
         "stream": Part(
             "spans by stream, beside protobuf alone",

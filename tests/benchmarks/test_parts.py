@@ -9,7 +9,7 @@ import pytest
 from lightningpb.v1 import span_pb2
 
 import lightning
-from benchmarks import engines, flat, growth, idle, restart, stream
+from benchmarks import budget, engines, flat, growth, idle, restart, stream
 from benchmarks.__main__ import main
 from benchmarks.servers import ours, run
 from benchmarks.shared.store_bench import spans_of
@@ -95,3 +95,13 @@ def test_growth_draws_every_curve_and_names_its_knee() -> None:
     assert [x for x, _ in curves["workers"].series["rollouts/s"]] == [1, 4]
     assert all(y > 0 for curve in curves.values() for points in curve.series.values() for _, y in points)
     assert all("knee" in curve.remark.lower() for curve in curves.values())
+
+
+def test_budget_accounts_for_client_and_server() -> None:
+    section = asyncio.run(budget.measure(1, 64, _ignore))
+    assert len(section.rows) == 5
+    for row in section.rows:
+        figures = row.figures
+        assert figures["our client"] > 0
+        assert figures["service"] > 0
+        assert figures["at best, of bare"] >= figures["possible, of bare"]
