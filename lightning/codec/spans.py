@@ -116,6 +116,11 @@ def encode_span(span: Span) -> bytes:
     return span_to_proto(span).SerializeToString()
 
 
+def encode_span_ids(rollout_id: str, attempt_id: str) -> bytes:
+    """What the spans of an attempt begin with, as `encode_span` writes them."""
+    return span_pb2.Span(rollout_id=rollout_id, attempt_id=attempt_id).SerializeToString()
+
+
 def decode_span(data: bytes, sequence_id: int) -> Span:
     """The span of `encode_span`, under the number that it was given when it was stored. Raises as `span_from_proto`."""
     message = span_pb2.Span.FromString(data)

@@ -92,7 +92,7 @@ def a_duplicate_replaces_the_first(patch: Patch) -> None:
         known = self._rollouts[rollout_id].spans
         for span in spans:
             if known is not None and span.span_id in known.by_attempt.get(attempt_id, {}):
-                known.by_attempt[attempt_id][span.span_id] = span
+                known.put(attempt_id, [span])
         return await original(self, rollout_id, attempt_id, spans, transition, settle)
 
     patch.setattr(MemoryPersistence, "append_spans", append)
@@ -125,9 +125,7 @@ def spans_are_stored_until_one_is_refused(patch: Patch) -> None:
 def spans_come_as_they_arrived(patch: Patch) -> None:
     async def find(self: Any, rollout_id: str, attempt_ids: Any) -> Any:
         spans = self._rollouts[rollout_id].spans
-        found = (
-            [] if spans is None else [s for a in attempt_ids for s in spans.by_attempt.get(a, {}).values()]
-        )
+        found = [] if spans is None else [span for a in attempt_ids for span in spans.of(a)]
         return [span._replace(sequence_id=n) for n, span in enumerate(found, start=1)]
 
     patch.setattr(MemoryPersistence, "find_spans", find)
@@ -381,7 +379,7 @@ def whatever_has_spans_is_evicted(patch: Patch) -> None:
 def evicted_spans_are_just_missing(patch: Patch) -> None:
     async def find(self: Any, rollout_id: str, attempt_ids: Any) -> Any:
         spans = self._rollouts[rollout_id].spans
-        return [] if spans is None else [s for a in attempt_ids for s in spans.by_attempt.get(a, {}).values()]
+        return [] if spans is None else [span for a in attempt_ids for span in spans.of(a)]
 
     patch.setattr(MemoryPersistence, "find_spans", find)
 
