@@ -121,11 +121,16 @@ def encode_span_ids(rollout_id: str, attempt_id: str) -> bytes:
     return span_pb2.Span(rollout_id=rollout_id, attempt_id=attempt_id).SerializeToString()
 
 
-def decode_span(data: bytes, sequence_id: int) -> Span:
-    """The span of `encode_span`, under the number that it was given when it was stored. Raises as `span_from_proto`."""
+def parse_span(data: bytes, sequence_id: int) -> span_pb2.Span:
+    """The message of `encode_span`, under the number that the span was given when it was stored."""
     message = span_pb2.Span.FromString(data)
     message.sequence_id = sequence_id
-    return span_from_proto(message)
+    return message
+
+
+def decode_span(data: bytes, sequence_id: int) -> Span:
+    """The span of `parse_span`. Raises as `span_from_proto`."""
+    return span_from_proto(parse_span(data, sequence_id))
 
 
 def _check_sequence_id(sequence_id: int) -> None:

@@ -18,6 +18,7 @@ from lightning.codec.building import decode_object
 from lightning.store.contract import LightningStore
 from lightning.store.engine import StoreEngine
 from lightning.store.idempotency import request as request_scope
+from lightning.store.queries import SpanQuery
 from lightning.store.records import SpanRecord
 from lightning.types import (
     UNSET,
@@ -317,13 +318,17 @@ _SPAN_CONDITIONS = tuple(
 
 
 async def query_spans(service: StoreService, request: pb.QuerySpansRequest) -> Found:
-    result = await service.store.query_spans(
-        request.rollout_id,
-        _given(request, "attempt_id"),
-        filter_logic=_filter_logic(request),
+    store, attempt_id = service.store, _given(request, "attempt_id")
+    which: dict[str, Any] = {
+        "filter_logic": _filter_logic(request),
         **{name: _given(request, name) for name in _SPAN_CONDITIONS},
         **codec.page_from_proto(request.page),
-    )
+    }
+    if isinstance(store, StoreEngine) and type(store).query_spans is StoreEngine.query_spans:
+        # it keeps spans encoded as they are sent
+        found = await store.find_span_messages(request.rollout_id, attempt_id, SpanQuery.of(**which))
+        return Found(found, pb.QuerySpansResponse, "spans", lambda message: message)
+    result = await store.query_spans(request.rollout_id, attempt_id, **which)
     return Found(result, pb.QuerySpansResponse, "spans", codec.span_to_proto)
 
 

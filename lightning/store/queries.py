@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from lightning.store.contract import FilterLogic, SortOrder
 from lightning.store.numbers import check_wait as check_wait
 from lightning.store.records import RolloutRecord
 from lightning.types import PaginatedResult
+
+if TYPE_CHECKING:
+    from lightningpb.v1 import span_pb2
 
 T = TypeVar("T")
 
@@ -23,6 +26,8 @@ ATTEMPT_SORT_FIELDS = (
     "worker_id",
     "last_heartbeat_time",
 )
+_OPTIONAL_SPAN_FIELDS = frozenset({"parent_id", "start_time", "end_time"})
+_CONTAINS = "_contains"
 SPAN_SORT_FIELDS = (
     "sequence_id",
     "trace_id",
@@ -144,6 +149,54 @@ def _equals(field: str, wanted: Any) -> Callable[[Any], bool]:
 
 def _holds(field: str, part: str) -> Callable[[Any], bool]:
     return lambda item: part in (getattr(item, field) or "")
+
+
+@dataclass(frozen=True)
+class SpanQuery:
+    """Which spans of a rollout, and in which order; for spans as they rest, as messages."""
+
+    filters: Filters[SpanFields]
+    page: Page
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        filter_logic: FilterLogic = "and",
+        sort_by: str | None = "sequence_id",
+        sort_order: SortOrder = "asc",
+        limit: int = -1,
+        offset: int = 0,
+        **conditions: str | None,
+    ) -> SpanQuery:
+        """Check the parameters of `LightningStore.query_spans`. Raises `ValueError` as that does."""
+        page = Page.of(sort_by, sort_order, limit, offset, SPAN_SORT_FIELDS)
+        if page.sort_by == "sequence_id":
+            page = replace(page, sort_by=None)  # attempt by attempt: the order they are in
+        held = {name: value for name, value in conditions.items() if name.endswith(_CONTAINS)}
+        exact = {name: value for name, value in conditions.items() if name not in held}
+        contained = {name.removesuffix(_CONTAINS): value for name, value in held.items()}
+        return cls(Filters.of(field_conditions(exact, contained), filter_logic), page)
+
+    def select(self, messages: Iterable[span_pb2.Span]) -> PaginatedResult[span_pb2.Span]:
+        """Those of `messages`, which come attempt by attempt, that are asked for."""
+        found = self.page.result(fields for fields in map(SpanFields, messages) if self.filters.match(fields))
+        return self.page.paginated([fields.message for fields in found], found.total)
+
+
+class SpanFields:
+    """A span's message, as conditions and orders see it: None for what the span does not have."""
+
+    __slots__ = ("message",)
+
+    def __init__(self, message: span_pb2.Span) -> None:
+        self.message = message
+
+    def __getattr__(self, name: str) -> Any:
+        message: Any = self.message
+        return (
+            None if name in _OPTIONAL_SPAN_FIELDS and not message.HasField(name) else getattr(message, name)
+        )
 
 
 def check_members(values: Sequence[Any] | None, allowed: Sequence[str], name: str) -> frozenset[Any] | None:

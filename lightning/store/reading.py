@@ -5,8 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import replace
 
+from lightningpb.v1 import span_pb2
+
+from lightning.codec.spans import span_from_proto
 from lightning.store import lifecycle
 from lightning.store.arguments import (
     ROLLOUT_STATUSES,
@@ -21,11 +23,11 @@ from lightning.store.queries import (
     ATTEMPT_SORT_FIELDS,
     RESOURCES_SORT_FIELDS,
     ROLLOUT_SORT_FIELDS,
-    SPAN_SORT_FIELDS,
     WORKER_SORT_FIELDS,
     Filters,
     Page,
     RolloutQuery,
+    SpanQuery,
     check_members,
     check_wait,
     field_conditions,
@@ -147,19 +149,28 @@ class ReadingVerbs(EngineCore):
         sort_by: str | None = "sequence_id",
         sort_order: SortOrder = "asc",
     ) -> PaginatedResult[Span]:
-        page = Page.of(sort_by, sort_order, limit, offset, SPAN_SORT_FIELDS)
-        filters: Filters[Span] = Filters.of(
-            field_conditions(
-                {"trace_id": trace_id, "span_id": span_id, "parent_id": parent_id, "name": name},
-                {
-                    "trace_id": trace_id_contains,
-                    "span_id": span_id_contains,
-                    "parent_id": parent_id_contains,
-                    "name": name_contains,
-                },
-            ),
-            filter_logic,
+        query = SpanQuery.of(
+            trace_id=trace_id,
+            trace_id_contains=trace_id_contains,
+            span_id=span_id,
+            span_id_contains=span_id_contains,
+            parent_id=parent_id,
+            parent_id_contains=parent_id_contains,
+            name=name,
+            name_contains=name_contains,
+            filter_logic=filter_logic,
+            limit=limit,
+            offset=offset,
+            sort_by=sort_by,
+            sort_order=sort_order,
         )
+        found = await self.find_span_messages(rollout_id, attempt_id, query)
+        return query.page.paginated([span_from_proto(message) for message in found], found.total)
+
+    async def find_span_messages(
+        self, rollout_id: str, attempt_id: str | None, query: SpanQuery
+    ) -> PaginatedResult[span_pb2.Span]:
+        """`query_spans`, for who wants them encoded."""
         await self._enter()
         record = await self._require_rollout(rollout_id)
         attempts = record.attempts
@@ -170,12 +181,9 @@ class ReadingVerbs(EngineCore):
             attempts = () if attempt is None else (attempt,)
         found = await self._persistence.find_spans(rollout_id, [attempt.attempt_id for attempt in attempts])
         order = {attempt.attempt_id: attempt.sequence_id for attempt in attempts}
-        spans = [span.to_span() for span in found]
-        spans.sort(key=lambda s: (order[s.attempt_id], s.sequence_id, s.start_time or 0.0, s.end_time or 0.0))
-        matches = [span for span in spans if filters.match(span)]
-        if page.sort_by == "sequence_id":
-            page = replace(page, sort_by=None)  # attempt by attempt: the order they are in
-        return page.result(matches)
+        messages = [span.to_message() for span in found]
+        messages.sort(key=lambda m: (order[m.attempt_id], m.sequence_id, m.start_time, m.end_time))
+        return query.select(messages)
 
     async def query_resources(
         self,

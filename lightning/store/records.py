@@ -10,7 +10,9 @@ import functools
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from lightning.codec.spans import decode_span, encode_span
+from lightningpb.v1 import span_pb2
+
+from lightning.codec.spans import decode_span, encode_span, parse_span
 from lightning.types import (
     Attempt,
     AttemptedRollout,
@@ -183,6 +185,10 @@ class SpanRecord(NamedTuple):
     def of(cls, span: Span) -> SpanRecord:
         """Check and encode a span. Raises `TypeError` or `ValueError` naming what cannot be stored."""
         return cls(span.attempt_id, span.span_id, span.sequence_id, encode_span(span))
+
+    def to_message(self) -> span_pb2.Span:
+        """A fresh message, with the number that the span has here."""
+        return parse_span(self.payload, self.sequence_id)
 
     def to_span(self) -> Span:
         """A fresh `Span`."""

@@ -19,7 +19,7 @@ from lightning import codec
 
 def test_parts_can_be_chosen_and_nonsense_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["sote"]) == 2
-    assert "no part is called 'sote'; there are store, stream," in capsys.readouterr().err
+    assert "no part is called 'sote'; there are store, budget," in capsys.readouterr().err
     assert main(["soak", "--minutes", "-1"]) == 2
     assert "--minutes must be a positive number" in capsys.readouterr().err
 
