@@ -50,7 +50,15 @@ from lightning.codec.rollouts import (
     spec_from_proto,
     spec_to_proto,
 )
-from lightning.codec.spans import check_span, decode_span, encode_span, span_from_proto, span_to_proto
+from lightning.codec.spans import (
+    check_span,
+    copy_span,
+    decode_span,
+    encode_span,
+    numbered,
+    span_from_proto,
+    span_to_proto,
+)
 from lightning.codec.updates import (
     attempt_changes_from_proto,
     attempt_changes_to_proto,
@@ -90,6 +98,7 @@ __all__ = [
     "command_to_proto",
     "config_from_proto",
     "config_to_proto",
+    "copy_span",
     "decode_object",
     "decode_span",
     "encode_object",
@@ -100,6 +109,7 @@ __all__ = [
     "heartbeat_to_proto",
     "mode_from_proto",
     "mode_to_proto",
+    "numbered",
     "page_from_proto",
     "page_info_to_proto",
     "page_to_proto",

@@ -279,16 +279,17 @@ class LightningStoreClient(RemoteReads):
         return stored[0] if stored else None
 
     async def add_many_spans(self, spans: Sequence[Span]) -> Sequence[Span]:
-        stored: list[Span] = []
-        for batch in _batches([codec.span_to_proto(span) for span in spans]):
+        messages = [codec.span_to_proto(span) for span in spans]
+        # what any later query will return; made now, for the caller may change its spans meanwhile
+        copies = [
+            codec.copy_span(span) or codec.span_from_proto(message)
+            for span, message in zip(spans, messages, strict=True)
+        ]
+        receipts: list[span_pb2.SpanReceipt] = []
+        for batch in _batches(messages):
             request = pb.AddSpansRequest(request_id=_new_id(), spans=batch)
-            receipts = (await self._call("AddSpans", request)).receipts
-            for message, receipt in zip(batch, receipts, strict=True):
-                if receipt.stored:
-                    # decoded from what was sent: a copy, and what any later query will return
-                    message.sequence_id = receipt.sequence_id
-                    stored.append(codec.span_from_proto(message))
-        return stored
+            receipts.extend((await self._call("AddSpans", request)).receipts)
+        return codec.numbered(copies, receipts)
 
     async def add_otel_span(
         self, rollout_id: str, attempt_id: str, readable_span: ReadableSpan, sequence_id: int | None = None

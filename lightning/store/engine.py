@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from lightning.codec.spans import copy_span, numbered
 from lightning.store import lifecycle
 from lightning.store.arguments import (
     ATTEMPT_STATUSES,
@@ -265,14 +266,10 @@ class StoreEngine(ReadingVerbs):
 
     async def add_many_spans(self, spans: Sequence[Span]) -> Sequence[Span]:
         records = [SpanRecord.of(span) for span in spans]
-        rollout_ids = [span.rollout_id for span in spans]
-        receipts = await self.add_span_records(rollout_ids, records)
-        return [
-            # from the bytes that were stored: a copy, and what any later query will return
-            record._replace(sequence_id=receipt.sequence_id).to_span()
-            for record, receipt in zip(records, receipts, strict=True)
-            if receipt.stored
-        ]
+        # what any later query will return; made now, for the caller may change its spans meanwhile
+        copies = [copy_span(span) or record.to_span() for span, record in zip(spans, records, strict=True)]
+        receipts = await self.add_span_records([span.rollout_id for span in spans], records)
+        return numbered(copies, receipts)
 
     async def deliver_spans(self, spans: Sequence[Span]) -> int:
         records = [SpanRecord.of(span) for span in spans]
