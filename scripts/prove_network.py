@@ -84,7 +84,7 @@ async def prove_hostile(requests: int) -> bool:
     began = time.monotonic()
     statuses: Counter[str] = Counter()
     unclear: list[str] = []
-    served, slowest, seed, memory = 0, 0.0, 0, []
+    served, repeated, slowest, seed, memory = 0, 0, 0.0, 0, []
     async with server_process("memory") as server:
         client = LightningStoreClient(
             server.address
@@ -96,14 +96,16 @@ async def prove_hostile(requests: int) -> bool:
             statuses += attacked.statuses
             unclear += attacked.unclear
             served += attacked.served
+            repeated += attacked.repeated
             slowest = max(slowest, attacked.slowest_seconds)
             memory.append(psutil.Process(server.pid).memory_info().rss)
         await client.close()
     growth = memory[-1] - memory[0]
     print(
-        f"hostile: {statuses.total()} requests, {dict(statuses.most_common())}, {len(unclear)} unclear; beside them "
-        f"{served} honest rollouts, the slowest in {slowest:.2f} s; the server's memory {memory[0] / 1e6:.0f} to "
-        f"{memory[-1] / 1e6:.0f} MB ({time.monotonic() - began:.0f} s)",
+        f"hostile: {statuses.total()} requests, {dict(statuses.most_common())}, {len(unclear)} unclear, {repeated} "
+        f"made again as their client had lost the status; beside them {served} honest rollouts, the slowest in "
+        f"{slowest:.2f} s; the server's memory {memory[0] / 1e6:.0f} to {memory[-1] / 1e6:.0f} MB "
+        f"({time.monotonic() - began:.0f} s)",
         *sorted(set(unclear)),
         sep="\n  ",
         flush=True,

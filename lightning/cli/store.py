@@ -96,6 +96,10 @@ def serve_store(
     max_calls_per_second: Annotated[
         float | None, typer.Option(metavar="NUMBER", help="How many calls each client may make.")
     ] = None,
+    max_connection_age: Annotated[
+        float | None,
+        typer.Option(metavar="SECONDS", help="After how long clients are asked to connect anew."),
+    ] = None,
     access_log: Annotated[
         bool, typer.Option("--access-log", help="Write a line for each call to stderr.")
     ] = False,
@@ -137,6 +141,7 @@ def serve_store(
         "max_streams": max_streams,
         "max_in_flight_bytes": max_in_flight_bytes,
         "max_calls_per_second": max_calls_per_second,
+        "max_connection_age": max_connection_age,
     }
     options: dict[str, Any] = {
         "allow_insecure": insecure,

@@ -60,6 +60,10 @@ class StoreDrainingError(StoreUnavailableError):
     """The server is shutting down and takes no new calls."""
 
 
+class StreamAgedError(StoreUnavailableError):
+    """The server has ended a stream that was open for as long as streams may be. For servers; clients go on."""
+
+
 class UntrustedServerError(StoreUnavailableError):
     """No secure connection could be made: what answered does not speak TLS, or its certificate is not one that this
     client trusts."""

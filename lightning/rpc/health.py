@@ -10,7 +10,7 @@ from typing import Any
 from grpc_health.v1 import health, health_pb2
 
 from lightning.backoff import STORE_AWAY
-from lightning.rpc.errors import StoreDrainingError
+from lightning.rpc.errors import StoreDrainingError, StreamAgedError
 from lightning.store.persistence.abc import BackendError
 
 logger = logging.getLogger(__name__)
@@ -46,7 +46,9 @@ class Health(health.aio.HealthServicer):
 
     def suspect(self, error: Exception) -> None:
         """A call failed in the store. If that says that the store cannot write, no calls are wanted until it can."""
-        if not isinstance(error, (BackendError, *STORE_AWAY)) or isinstance(error, StoreDrainingError):
+        if not isinstance(error, (BackendError, *STORE_AWAY)) or isinstance(
+            error, (StoreDrainingError, StreamAgedError)
+        ):
             return
         if self._recovery is None and self.is_serving:
             logger.error("not serving: the store failed with %s: %s", type(error).__name__, error)

@@ -17,9 +17,10 @@ DEFAULT_MAX_MESSAGE_BYTES = 256 * 1024 * 1024
 _LARGEST_MESSAGE_BYTES = 2**31 - 1
 """What protobuf can hold."""
 
-_KEEPALIVE_INTERVAL_MS = 20_000
-_KEEPALIVE_TIMEOUT_MS = 10_000
-_MIN_PING_INTERVAL_MS = 5_000
+_KEEPALIVE_INTERVAL_MS = 5_000
+_KEEPALIVE_TIMEOUT_MS = 4_000
+"""Both together are less than the interval of a worker's heartbeats: so soon a dead connection is noticed."""
+_MIN_PING_INTERVAL_MS = 2_000
 """How often a client may ping before the server takes it for a nuisance."""
 
 _INITIAL_RECONNECT_MS = 100
@@ -56,10 +57,7 @@ class ClientOptions:
         """The arguments of a channel to `endpoint`."""
         return (
             *_message_limits(self.max_message_bytes),
-            ("grpc.keepalive_time_ms", _KEEPALIVE_INTERVAL_MS),
-            ("grpc.keepalive_timeout_ms", _KEEPALIVE_TIMEOUT_MS),
-            ("grpc.keepalive_permit_without_calls", 1),
-            ("grpc.http2.max_pings_without_data", 0),
+            *_keepalive(),
             ("grpc.initial_reconnect_backoff_ms", _INITIAL_RECONNECT_MS),
             ("grpc.max_reconnect_backoff_ms", _MAX_RECONNECT_MS),
             # despite its name: how long one attempt to connect may take
@@ -82,6 +80,7 @@ class ServerLimits:
     max_streams: int = 10_000
     max_in_flight_bytes: int | None = None
     max_calls_per_second: float | None = None
+    max_connection_age: float | None = None
 
     def __post_init__(self) -> None:
         check_message_bytes(self.max_message_bytes)
@@ -97,6 +96,8 @@ class ServerLimits:
                 f"max_in_flight_bytes must be at least max_message_bytes ({self.max_message_bytes}), or no such "
                 f"message would ever be taken, not {most!r}"
             )
+        if self.max_connection_age is not None:
+            check_seconds(self.max_connection_age, "max_connection_age")
         rate = self.max_calls_per_second
         if rate is not None and (not _is_number(rate) or not 0 < rate < math.inf):
             raise ValueError(f"max_calls_per_second must be a positive number, not {rate!r}")
@@ -108,16 +109,15 @@ class ServerLimits:
 
     def channel_options(self, *, share_port: bool = False) -> ChannelOptions:
         """The arguments of a server; `share_port`: of one of several at the same port."""
+        age = self.max_connection_age
+        ages = () if age is None else ("max_connection_age_ms", "max_connection_age_grace_ms")
         return (
+            # the grace is for what began last, and may last as long: streams end by themselves then
+            *((f"grpc.{name}", math.ceil((age or 0) * 1000)) for name in ages),
             *_message_limits(self.max_message_bytes),
-            (
-                "grpc.so_reuseport",
-                int(share_port),
-            ),  # else a second server would start silently on the same port
-            ("grpc.keepalive_time_ms", _KEEPALIVE_INTERVAL_MS),
-            ("grpc.keepalive_timeout_ms", _KEEPALIVE_TIMEOUT_MS),
-            ("grpc.keepalive_permit_without_calls", 1),
-            ("grpc.http2.max_pings_without_data", 0),
+            # unless several are asked for, a second server would start silently on the same port
+            ("grpc.so_reuseport", int(share_port)),
+            *_keepalive(),
             ("grpc.http2.min_ping_interval_without_data_ms", _MIN_PING_INTERVAL_MS),
             ("grpc.server.max_pending_requests", _MAX_PENDING_CALLS),
             ("grpc.server.max_pending_requests_hard_limit", 2 * _MAX_PENDING_CALLS),
@@ -143,6 +143,17 @@ def _message_limits(max_message_bytes: int) -> ChannelOptions:
     return (
         ("grpc.max_receive_message_length", max_message_bytes),
         ("grpc.max_send_message_length", -1),
+    )
+
+
+def _keepalive() -> ChannelOptions:
+    return (
+        ("grpc.keepalive_time_ms", _KEEPALIVE_INTERVAL_MS),
+        ("grpc.keepalive_timeout_ms", _KEEPALIVE_TIMEOUT_MS),
+        # without this it is a minute, whatever the line above says: keepalive's pings are timed like any other
+        ("grpc.http2.ping_timeout_ms", _KEEPALIVE_TIMEOUT_MS),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.max_pings_without_data", 0),
     )
 
 

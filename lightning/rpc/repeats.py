@@ -24,11 +24,13 @@ _ENTRY_OVERHEAD_BYTES = 512
 
 
 class _Running:
-    __slots__ = ("task", "waiters")
+    __slots__ = ("abandoned", "task", "waiters")
 
     def __init__(self, task: asyncio.Task[Outcome]) -> None:
         self.task = task
         self.waiters = 0
+        self.abandoned = False
+        """Whether it was told to end; it may take a moment, or come to an outcome before."""
 
 
 class RepeatTable:
@@ -56,10 +58,11 @@ class RepeatTable:
             work: Does what is asked for. It goes on when the caller is cancelled, so that the repeat finds an outcome.
             abandonable: It ends instead when nobody waits for it any more: for work that would otherwise wait.
         """
+        while (running := self._running.get(key)) is not None and running.abandoned:
+            await asyncio.wait({running.task})
         known = self._outcomes.get(key)
         if known is not None:
             return known[2]
-        running = self._running.get(key)
         if running is None:
             running = self._running[key] = _Running(asyncio.get_running_loop().create_task(work()))
             running.task.add_done_callback(lambda task: self._settle(key, task))
@@ -68,7 +71,8 @@ class RepeatTable:
             return await asyncio.shield(running.task)
         finally:
             running.waiters -= 1
-            if abandonable and not running.waiters:
+            if abandonable and not running.waiters and not running.task.done():
+                running.abandoned = True
                 running.task.cancel()
 
     async def close(self) -> None:

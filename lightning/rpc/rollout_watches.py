@@ -3,6 +3,9 @@ connections."""
 
 from __future__ import annotations
 
+import asyncio
+import math
+import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
@@ -14,7 +17,7 @@ from lightningpb.v1 import store_service_pb2 as pb
 
 from lightning import codec
 from lightning.codec.building import build
-from lightning.rpc.errors import StoreDrainingError
+from lightning.rpc.errors import StoreDrainingError, StreamAgedError
 from lightning.store.polling import RevisionGoneError
 from lightning.types import RolloutEvent
 
@@ -34,12 +37,19 @@ async def watch_rollouts(
     after = request.after_revision if request.HasField("after_revision") else None
     watch = service.store.watch_rollouts(rollout_ids=list(request.rollout_ids), after_revision=after)
 
+    age = service.limits.max_connection_age
+    until = math.inf if age is None else time.monotonic() + age
+
     async def next_event() -> Any:
-        return await anext(watch, None)
+        left = None if age is None else until - time.monotonic()
+        return await asyncio.wait_for(anext(watch, None), left)
 
     async with aclosing(watch):
         while True:
-            event = await service.interruptible(next_event(), _DRAINING)
+            try:
+                event = await service.interruptible(next_event(), _DRAINING)
+            except asyncio.TimeoutError:
+                raise StreamAgedError(f"the watch was open for {age:g} s; go on from there") from None
             if event is _DRAINING:
                 raise StoreDrainingError(
                     "the server is shutting down; go on elsewhere, or here when it is back"

@@ -79,6 +79,8 @@ class LightningStoreServer(ForwardingStore):
             stream waits. None: four times `max_message_bytes`.
         max_calls_per_second: How many calls a client may make, by its token's name, its certificate's, or its address.
             None: as many as it likes.
+        max_connection_age: After how many seconds clients are asked to connect anew, and streams are closed to be
+            opened anew: then clients of a name with several addresses find servers that came later. None: never.
         access_log: Whether each call is logged when it ends, by the logger `lightning.access`.
         metrics_port: Where to show metrics for Prometheus (`http://…/metrics`); 0 picks a port, None shows none.
         metrics_host: The address to show them at. They tell no payloads, to whoever asks.
@@ -110,6 +112,7 @@ class LightningStoreServer(ForwardingStore):
         max_streams: int = ServerLimits.max_streams,
         max_in_flight_bytes: int | None = ServerLimits.max_in_flight_bytes,
         max_calls_per_second: float | None = ServerLimits.max_calls_per_second,
+        max_connection_age: float | None = ServerLimits.max_connection_age,
         access_log: bool = False,
         metrics_port: int | None = None,
         metrics_host: str = "127.0.0.1",
@@ -123,6 +126,7 @@ class LightningStoreServer(ForwardingStore):
             max_streams=max_streams,
             max_in_flight_bytes=max_in_flight_bytes,
             max_calls_per_second=max_calls_per_second,
+            max_connection_age=max_connection_age,
         )
         self._access_log = access_log
         self._share_port = share_port

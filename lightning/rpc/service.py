@@ -103,7 +103,7 @@ class StoreService:
         self.limits = limits
         self._suspect = suspect
         self.instance_id = uuid.uuid4().hex
-        self.streams = OpenStreams()
+        self.streams = OpenStreams(limits.max_connection_age)
         self.span_sessions = SpanSessions(
             max_bytes=limits.remembered_bytes, keep_seconds=limits.remembered_seconds
         )

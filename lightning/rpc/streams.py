@@ -77,15 +77,30 @@ class Outbox(Generic[ResponseT]):
 
 
 class OpenStreams:
-    """The streams that are open now, to end them by name or all at once."""
+    """The streams that are open now, to end them by name, by age, or all at once.
 
-    def __init__(self) -> None:
-        self._outboxes: set[Outbox[Any]] = set()
+    Args:
+        max_age: How long a stream may stay open, in seconds; None: as long as it likes.
+    """
+
+    def __init__(self, max_age: float | None = None) -> None:
+        self._max_age = max_age
+        self._outboxes: dict[Outbox[Any], asyncio.TimerHandle | None] = {}
         self._by_key: dict[Any, Outbox[Any]] = {}
 
     def add(self, outbox: Outbox[Any], key: Any) -> None:
         """A stream opened. An older one of the same `key` (None: it has none) is closed."""
-        self._outboxes.add(outbox)
+        age = self._max_age
+        self._outboxes[outbox] = (
+            None
+            if age is None
+            else asyncio.get_running_loop().call_later(
+                age,
+                outbox.close,
+                pb.CLOSE_REASON_MAX_AGE,
+                f"the stream was open for {age:g} s; open it again",
+            )
+        )
         if key is None:
             return
         older = self._by_key.get(key)
@@ -95,7 +110,9 @@ class OpenStreams:
 
     def discard(self, outbox: Outbox[Any], key: Any) -> None:
         """A stream ended."""
-        self._outboxes.discard(outbox)
+        timer = self._outboxes.pop(outbox, None)
+        if timer is not None:
+            timer.cancel()
         if self._by_key.get(key) is outbox:
             del self._by_key[key]
 

@@ -105,6 +105,37 @@ async def test_abandonable_work_ends_with_its_last_caller(table: RepeatTable) ->
     assert (work.begun, work.cancelled) == (2, 1)
 
 
+@pytest.mark.parametrize("comes_to_an_end", [False, True])
+async def test_a_repeat_does_not_join_work_that_is_being_abandoned(
+    table: RepeatTable, comes_to_an_end: bool
+) -> None:
+    """Such as a claim whose runner's connection broke while it was being stored that something was claimed."""
+    begun: list[asyncio.Event] = []
+
+    async def work() -> Outcome:
+        may_end = asyncio.Event()
+        begun.append(may_end)
+        number = len(begun)
+        if number == 1:
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                await may_end.wait()
+                if not comes_to_an_end:
+                    raise
+        return b"outcome %d" % number
+
+    first = asyncio.ensure_future(table.run(("m", "1"), work, abandonable=True))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    first.cancel()
+    await asyncio.gather(first, return_exceptions=True)
+    repeat = asyncio.ensure_future(table.run(("m", "1"), work, abandonable=True))
+    await asyncio.sleep(0)
+    begun[0].set()
+    assert await asyncio.wait_for(repeat, 10) == (b"outcome 1" if comes_to_an_end else b"outcome 2")
+
+
 async def test_the_oldest_are_forgotten_when_memory_is_short() -> None:
     table = RepeatTable(max_bytes=3_000, keep_seconds=1_000.0)
     work = done(b"x" * 500)

@@ -202,17 +202,17 @@ async def test_a_refused_call_changes_nothing_and_says_what_to_do(
 
 async def test_a_refused_request_is_not_read(channel: grpc.aio.Channel) -> None:
     """So that nobody without a token can fill the server's memory."""
-    sent = 0
 
     async def endless() -> AsyncIterator[bytes]:
-        nonlocal sent
         while True:
             yield b"x" * 65536
-            sent += 1
 
-    call = channel.stream_unary(f"/{SERVICE_NAME}/AddSpans")(endless(), timeout=20)
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await call
+    while True:
+        call = channel.stream_unary(f"/{SERVICE_NAME}/AddSpans")(endless(), timeout=20)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await call
+        if "Internal error from Core" not in (caught.value.details() or ""):  # as above
+            break
     assert caught.value.code() is StatusCode.UNAUTHENTICATED
 
 
