@@ -9,7 +9,7 @@ that was acknowledged may be missing or there twice; 10 minutes of work over con
 second, and delayed, doubled and overtaken by later ones meanwhile, in which everything must happen exactly once; 20,000
 malformed and hostile requests, each of which must get a clear status while an honest client is served and the server's
 memory stays flat; a task input of 16 MB, a query of 100 MB of spans, one wait for 10,000 rollouts, and a burst of 4,000
-connections.
+connections; the contract suite by mutual TLS with a token over SQLite and over a foreign store.
 Exits with 1 if any of this is not so.
 """
 
@@ -188,10 +188,28 @@ async def _burst(address: str, connections: int) -> bool:
     return not failed
 
 
+async def prove_suites() -> bool:
+    began = time.monotonic()
+    suite = Path(__file__).parents[1] / "tests" / "store" / "suite_by_tls.py"
+    pytest = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "pytest", "-q", str(suite), stdout=asyncio.subprocess.PIPE
+    )
+    output, _ = await pytest.communicate()
+    lines = output.decode().splitlines()
+    print(
+        "suites: the contract by mutual TLS with a token, over SQLite and over a foreign store: "
+        f"{lines[-1] if lines else 'nothing'} ({time.monotonic() - began:.0f} s)",
+        *[line for line in lines if line.startswith(("FAILED", "ERROR"))],
+        sep="\n  ",
+        flush=True,
+    )
+    return pytest.returncode == 0
+
+
 async def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
-        "--only", choices=["kills", "cuts", "hostile", "sizes"], help="one part (default: all)"
+        "--only", choices=["kills", "cuts", "hostile", "sizes", "suites"], help="one part (default: all)"
     )
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seconds", type=float, default=600.0, help="of work over cut connections")
@@ -203,6 +221,7 @@ async def main() -> int:
         "cuts": lambda: prove_cuts(arguments.seconds),
         "hostile": lambda: prove_hostile(arguments.requests),
         "sizes": lambda: prove_sizes(arguments.connections),
+        "suites": prove_suites,
     }
     sound = [await prove() for name, prove in parts.items() if arguments.only in (None, name)]
     return 0 if all(sound) else 1

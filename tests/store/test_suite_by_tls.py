@@ -1,0 +1,15 @@
+"""The part of `suite_by_tls.py` that every run of the tests has."""
+
+from __future__ import annotations
+
+from suite_by_tls import OnForeign, OnSQLite
+
+from lightning.testing.contract import RolloutContract, SpanContract, WatchContract
+
+
+class TestSQLiteByTlsInPart(OnSQLite, SpanContract, WatchContract):
+    """Over SQLite."""
+
+
+class TestForeignByTlsInPart(OnForeign, RolloutContract):
+    """Over a store that is none of the family."""
