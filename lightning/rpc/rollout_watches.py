@@ -36,7 +36,6 @@ async def watch_rollouts(
     """The server's side. The next event is asked for when the last one is on its way, so none wait here."""
     after = request.after_revision if request.HasField("after_revision") else None
     watch = service.store.watch_rollouts(rollout_ids=list(request.rollout_ids), after_revision=after)
-
     age = service.limits.max_connection_age
     until = math.inf if age is None else time.monotonic() + age
 
@@ -49,6 +48,8 @@ async def watch_rollouts(
             try:
                 event = await service.interruptible(next_event(), _DRAINING)
             except asyncio.TimeoutError:
+                if time.monotonic() < until:
+                    raise  # it is the store's
                 raise StreamAgedError(f"the watch was open for {age:g} s; go on from there") from None
             if event is _DRAINING:
                 raise StoreDrainingError(
@@ -94,9 +95,8 @@ class ClientWatch:
             except RevisionGoneError:
                 if not self._told:
                     raise
-                self._after = (
-                    None  # the store behind the server is another now: begin again with how things are
-                )
+                # the store behind the server is another now: begin again with how things are
+                self._after = None
                 self._told.clear()
                 continue
             if message is grpc.aio.EOF:
