@@ -58,12 +58,12 @@ class _Session:
         self.connection = connection
         self.rollouts = MongoRecords(connection, ROLLOUTS, form, payloads, tokens)
         self.workers = MongoRecords(connection, WORKERS, WorkerForm(partition), payloads, tokens)
-        self.queue = MongoQueue(connection, self.rollouts, partition)
+        self.commands = MongoCommands(connection, tokens, partition)
+        self.queue = MongoQueue(connection, self.rollouts, partition, lambda: self.commands.place)
         self.spans = MongoSpans(connection, self.rollouts, payloads, partition)
         self.resources = MongoResources(connection, payloads, tokens, partition)
         self.intents = MongoIntents(connection, self.rollouts, partition)
         self.dropped = MongoDropped(connection, partition)
-        self.commands = MongoCommands(connection, tokens, partition)
         self.housekeeping = MongoHousekeeping(connection, self.intents, self.dropped, partition)
 
     async def close(self) -> None:

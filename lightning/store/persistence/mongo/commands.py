@@ -47,6 +47,12 @@ class MongoCommands:
         self._partition = partition
         self._commands = connection.collection(COMMANDS)
         self._servers = connection.collection(SERVERS)
+        self._place = (0, 1)
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Which of how many servers this one is, from 0, as of a few seconds ago."""
+        return self._place
 
     # --- For who sends ---
 
@@ -112,6 +118,8 @@ class MongoCommands:
         await self._connection.run(
             lambda: self._servers.update_one({"_id": self._own_key()}, change, upsert=True)
         )
+        others, own = await self._others(), str(self._tokens.first)
+        self._place = (sum(other < own for other in others), len(others) + 1)
 
     async def stay(self) -> None:
         """Leave word again and again, until cancelled."""

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-import random
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import islice
+from zlib import crc32
 
 from lightning.store import lifecycle
 from lightning.store.persistence.abc import AttemptTakenError, ClaimTransition, RolloutChange
 from lightning.store.persistence.mongo.batches import Batcher
-from lightning.store.persistence.mongo.connection import MongoConnection
+from lightning.store.persistence.mongo.connection import Document, MongoConnection
 from lightning.store.persistence.mongo.records import MongoRecords, Read
 from lightning.store.records import RolloutRecord
 
 _MAX_CLAIMS_AT_ONCE = 1024
 _MAX_HEADS_AT_ONCE = 64
-_MAX_SPREAD = 32
+_CONTENDED_CLAIMS = 256
+"""For so many claims after it lost a rollout to another server, a server minds the others."""
+_SLACK = 2
+"""How much further than on average needed it looks then, for enough that are its own."""
 
 Head = Read[RolloutRecord]
 
@@ -35,21 +39,32 @@ class MongoQueue:
 
     A claim reads the head of the queue and swaps it for what the transition makes of it; the one whose swap succeeds
     has it. A server that dies in between has changed nothing. Claims on one loop look at the queue together and never
-    at the same rollout. Servers that find themselves in each other's way choose at random among the first few;
-    without competition the order is exact.
+    at the same rollout. Servers that find themselves in each other's way share out the first few, by their ids, and
+    look at the very head again from time to time; without competition the order is exact.
+
+    Args:
+        connection: The connection of the loop.
+        rollouts: The rollouts.
+        partition: Whose.
+        place: Which of how many servers this is, from 0.
     """
 
     def __init__(
-        self, connection: MongoConnection, rollouts: MongoRecords[RolloutRecord], partition: str
+        self,
+        connection: MongoConnection,
+        rollouts: MongoRecords[RolloutRecord],
+        partition: str,
+        place: Callable[[], tuple[int, int]],
     ) -> None:
         self._connection = connection
         self._rollouts = rollouts
         self._partition = partition
+        self._place = place
         self._in_hand: set[str] = set()
         """Rollouts that a claim on this loop is about to take."""
         self._put_down = asyncio.Event()
-        self._spread = 1
-        """Among how many rollouts to choose for each one wanted."""
+        self._contended = 0
+        """For how many claims to mind other servers."""
         self._looks: Batcher[_Wish, None] = Batcher(self._look, max_items=_MAX_CLAIMS_AT_ONCE, max_batches=1)
 
     async def close(self) -> None:
@@ -115,12 +130,16 @@ class MongoQueue:
             keys = [{"partition": self._partition, "rollout_id": rollout_id} for rollout_id in self._in_hand]
             condition["_id"] = {"$nin": keys}
         find = self._rollouts.collection.find
+        rank, servers = self._place() if self._contended else (0, 1)
+        width = wanted if servers == 1 else wanted * servers * _SLACK
         documents = await self._connection.persist(
-            lambda: find(condition).sort("queue", 1).limit(wanted * self._spread).to_list()
+            lambda: find(condition).sort("queue", 1).limit(width).to_list()
         )
         if len(documents) > wanted:
-            chosen = sorted(random.sample(range(len(documents)), wanted))
-            documents = [documents[index] for index in chosen]
+            of_others = [_slot(document) % servers != rank for document in documents]
+            # its own first, then what others are likely to come to last
+            order = sorted(range(len(documents)), key=lambda i: (of_others[i], -i if of_others[i] else i))
+            documents = [documents[index] for index in sorted(order[:wanted])]
         reads = await self._rollouts.decode_all(documents)
         heads = iter([read for read in reads if lifecycle.is_queued(read.record)])
         for wish in wishes:
@@ -138,13 +157,18 @@ class MongoQueue:
                 return RolloutChange(after, after)
             swapped = await self._rollouts.swap(read, after)
             if swapped is not None:
-                self._spread = max(1, self._spread - 1)
+                self._contended = max(0, self._contended - 1)
                 return RolloutChange(read.record, swapped)
             read = await self._rollouts.read(head.record.rollout_id)  # changed, but maybe not taken
-        self._spread = min(self._spread * 2, _MAX_SPREAD)
+        self._contended = _CONTENDED_CLAIMS
         return None
 
     def _put_back(self, rollout_ids: set[str]) -> None:
         self._in_hand -= rollout_ids
         self._put_down.set()
         self._put_down = asyncio.Event()
+
+
+def _slot(document: Document) -> int:
+    """A number by which servers share rollouts out."""
+    return crc32(document["_id"]["rollout_id"].encode())
