@@ -23,9 +23,10 @@ from lightning.rpc.credentials import FilePath, find_credentials
 from lightning.rpc.options import ClientOptions
 from lightning.rpc.reads import RemoteReads
 from lightning.rpc.relay import RelayedConnection
-from lightning.store.arguments import check_count, check_requests
+from lightning.store.arguments import check_count, check_requests, check_time, check_worker_id
 from lightning.store.numbers import check_revision
 from lightning.store.queries import check_wait
+from lightning.store.texts import check_ids, check_text
 from lightning.types import (
     UNSET,
     Attempt,
@@ -205,6 +206,7 @@ class LightningStoreClient(RemoteReads):
         metadata: dict[str, Any] | None = None,
         worker_id: str | None = None,
     ) -> AttemptedRollout:
+        check_worker_id(worker_id)
         spec = codec.spec_to_proto(_spec(input, mode, resources_id, config, metadata))
         request = build(pb.StartRolloutRequest, request_id=_new_id(), spec=spec, worker_id=worker_id)
         return codec.attempted_rollout_from_proto((await self._call("StartRollout", request)).rollout)
@@ -255,6 +257,7 @@ class LightningStoreClient(RemoteReads):
     async def _dequeue(
         self, limit: int, worker_id: str | None, instance_id: str | None, wait: float | None
     ) -> pb.DequeueRolloutsResponse:
+        check_worker_id(worker_id)
         request = build(
             pb.DequeueRolloutsRequest,
             request_id=_new_id(),
@@ -267,6 +270,8 @@ class LightningStoreClient(RemoteReads):
         return response
 
     async def start_attempt(self, rollout_id: str, worker_id: str | None = None) -> AttemptedRollout:
+        check_text(rollout_id, "rollout_id")
+        check_worker_id(worker_id)
         request = build(
             pb.StartAttemptRequest, request_id=_new_id(), rollout_id=rollout_id, worker_id=worker_id
         )
@@ -314,7 +319,7 @@ class LightningStoreClient(RemoteReads):
     async def wait_for_rollouts(
         self, *, rollout_ids: Sequence[str], timeout: float | None = None
     ) -> list[Rollout]:
-        wanted = list(dict.fromkeys(rollout_ids))
+        wanted = list(dict.fromkeys(check_ids(rollout_ids, "rollout_ids")))
         finished: dict[str, Rollout] = {}
         for wait, is_last in _slices(timeout):
             missing = [rollout_id for rollout_id in wanted if rollout_id not in finished]
@@ -330,8 +335,9 @@ class LightningStoreClient(RemoteReads):
         self, *, rollout_ids: Sequence[str], after_revision: int | None = None
     ) -> AsyncGenerator[RolloutEvent, None]:
         check_revision(after_revision)
+        wanted = list(dict.fromkeys(check_ids(rollout_ids, "rollout_ids")))
         connection = self._connect()
-        key = await connection.open_watch(list(dict.fromkeys(rollout_ids)), after_revision)
+        key = await connection.open_watch(wanted, after_revision)
         try:
             while (event := await connection.next_event(key)) is not None:
                 yield event
@@ -346,6 +352,7 @@ class LightningStoreClient(RemoteReads):
         return codec.update_from_proto((await self._call("AddResources", request)).update)
 
     async def update_resources(self, resources_id: str, resources: NamedResources) -> ResourcesUpdate:
+        check_text(resources_id, "resources_id")
         request = build(
             pb.UpdateResourcesRequest,
             request_id=_new_id(),
@@ -366,6 +373,7 @@ class LightningStoreClient(RemoteReads):
         config: RolloutConfig | Unset = UNSET,
         metadata: dict[str, Any] | None | Unset = UNSET,
     ) -> Rollout:
+        check_text(rollout_id, "rollout_id")
         request = codec.rollout_changes_to_proto(
             _new_id(),
             rollout_id,
@@ -387,6 +395,10 @@ class LightningStoreClient(RemoteReads):
         last_heartbeat_time: float | None | Unset = UNSET,
         metadata: dict[str, Any] | None | Unset = UNSET,
     ) -> Attempt:
+        check_text(rollout_id, "rollout_id")
+        check_text(attempt_id, "attempt_id")
+        if last_heartbeat_time is not UNSET:
+            check_time(last_heartbeat_time, "last_heartbeat_time")
         request = codec.attempt_changes_to_proto(
             _new_id(),
             rollout_id,
@@ -401,6 +413,7 @@ class LightningStoreClient(RemoteReads):
     async def update_worker(
         self, worker_id: str, heartbeat_stats: dict[str, Any] | None | Unset = UNSET
     ) -> Worker:
+        check_worker_id(worker_id, required=True)
         stats: bytes | None = None
         if heartbeat_stats is None:
             stats = encode_payload(None, "heartbeat_stats")
@@ -429,7 +442,8 @@ class LightningStoreClient(RemoteReads):
     async def receive_commands(
         self, worker_id: str, *, instance_id: str | None = None, timeout: float | None = None
     ) -> Sequence[WorkerCommand]:
-        return await self._connect().receive_commands(worker_id, instance_id, check_wait(timeout))
+        wait = check_wait(timeout)
+        return await self._connect().receive_commands(check_text(worker_id, "worker_id"), instance_id, wait)
 
     async def send_command(self, command: WorkerCommand, worker_id: str | None = None) -> int:
         request = build(

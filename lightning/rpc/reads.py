@@ -13,7 +13,9 @@ from lightning import codec
 from lightning.codec.building import build
 from lightning.store.arguments import ROLLOUT_STATUSES, WORKER_STATUSES
 from lightning.store.contract import FilterLogic, LightningStore, SortOrder
-from lightning.store.queries import check_members
+from lightning.store.numbers import check_version
+from lightning.store.queries import any_suffices, check_members, check_page, check_texts
+from lightning.store.texts import check_ids, check_text
 from lightning.types import (
     Attempt,
     LightningStoreStatistics,
@@ -59,8 +61,7 @@ class RemoteReads(LightningStore):
     ) -> PaginatedResult[Rollout]:
         statuses = check_members(status if status_in is None else status_in, ROLLOUT_STATUSES, "status_in")
         ids = rollout_ids if rollout_id_in is None else rollout_id_in
-        if isinstance(ids, str):
-            raise ValueError(f"rollout_id_in must be a list, not the string {ids!r}")
+        check_texts(rollout_id_contains=rollout_id_contains)
         request = build(
             pb.QueryRolloutsRequest,
             status_in=None
@@ -68,10 +69,12 @@ class RemoteReads(LightningStore):
             else pb.RolloutStatusList(
                 values=[codec.ROLLOUT_STATUS.to_number(status, "status_in") for status in statuses]
             ),
-            rollout_id_in=None if ids is None else build(pb.StringList, values=list(ids)),
+            rollout_id_in=None
+            if ids is None
+            else build(pb.StringList, values=check_ids(ids, "rollout_id_in")),
             rollout_id_contains=rollout_id_contains,
-            filter_logic=codec.FILTER_LOGIC.to_number(filter_logic, "filter_logic"),
-            page=codec.page_to_proto(limit=limit, offset=offset, sort_by=sort_by, sort_order=sort_order),
+            filter_logic=_filter_logic(filter_logic),
+            page=_page(sort_by, sort_order, limit, offset),
         )
         return await self._query("QueryRollouts", request, "rollouts", codec.rollout_from_proto)
 
@@ -84,10 +87,11 @@ class RemoteReads(LightningStore):
         limit: int = -1,
         offset: int = 0,
     ) -> PaginatedResult[Attempt]:
+        check_text(rollout_id, "rollout_id")
         request = build(
             pb.QueryAttemptsRequest,
             rollout_id=rollout_id,
-            page=codec.page_to_proto(limit=limit, offset=offset, sort_by=sort_by, sort_order=sort_order),
+            page=_page(sort_by, sort_order, limit, offset),
         )
         return await self._query("QueryAttempts", request, "attempts", codec.attempt_from_proto)
 
@@ -110,20 +114,25 @@ class RemoteReads(LightningStore):
         sort_by: str | None = "sequence_id",
         sort_order: SortOrder = "asc",
     ) -> PaginatedResult[Span]:
+        check_text(rollout_id, "rollout_id")
+        filters = {
+            "attempt_id": attempt_id,
+            "trace_id": trace_id,
+            "trace_id_contains": trace_id_contains,
+            "span_id": span_id,
+            "span_id_contains": span_id_contains,
+            "parent_id": parent_id,
+            "parent_id_contains": parent_id_contains,
+            "name": name,
+            "name_contains": name_contains,
+        }
+        check_texts(**filters)
         request = build(
             pb.QuerySpansRequest,
             rollout_id=rollout_id,
-            attempt_id=attempt_id,
-            trace_id=trace_id,
-            trace_id_contains=trace_id_contains,
-            span_id=span_id,
-            span_id_contains=span_id_contains,
-            parent_id=parent_id,
-            parent_id_contains=parent_id_contains,
-            name=name,
-            name_contains=name_contains,
-            filter_logic=codec.FILTER_LOGIC.to_number(filter_logic, "filter_logic"),
-            page=codec.page_to_proto(limit=limit, offset=offset, sort_by=sort_by, sort_order=sort_order),
+            **filters,
+            filter_logic=_filter_logic(filter_logic),
+            page=_page(sort_by, sort_order, limit, offset),
         )
         return await self._query("QuerySpans", request, "spans", codec.span_from_proto)
 
@@ -137,11 +146,12 @@ class RemoteReads(LightningStore):
         limit: int = -1,
         offset: int = 0,
     ) -> PaginatedResult[ResourcesUpdate]:
+        check_texts(resources_id=resources_id, resources_id_contains=resources_id_contains)
         request = build(
             pb.QueryResourcesRequest,
             resources_id=resources_id,
             resources_id_contains=resources_id_contains,
-            page=codec.page_to_proto(limit=limit, offset=offset, sort_by=sort_by, sort_order=sort_order),
+            page=_page(sort_by, sort_order, limit, offset),
         )
         return await self._query("QueryResources", request, "updates", codec.update_from_proto)
 
@@ -157,6 +167,7 @@ class RemoteReads(LightningStore):
         offset: int = 0,
     ) -> PaginatedResult[Worker]:
         statuses = check_members(status_in, WORKER_STATUSES, "status_in")
+        check_texts(worker_id_contains=worker_id_contains)
         request = build(
             pb.QueryWorkersRequest,
             status_in=None
@@ -165,8 +176,8 @@ class RemoteReads(LightningStore):
                 values=[codec.WORKER_STATUS.to_number(status, "status_in") for status in statuses]
             ),
             worker_id_contains=worker_id_contains,
-            filter_logic=codec.FILTER_LOGIC.to_number(filter_logic, "filter_logic"),
-            page=codec.page_to_proto(limit=limit, offset=offset, sort_by=sort_by, sort_order=sort_order),
+            filter_logic=_filter_logic(filter_logic),
+            page=_page(sort_by, sort_order, limit, offset),
         )
         return await self._query("QueryWorkers", request, "workers", codec.worker_from_proto)
 
@@ -178,10 +189,12 @@ class RemoteReads(LightningStore):
         return codec.result_from_proto(messages[0].page_info, items)
 
     async def get_rollout_by_id(self, rollout_id: str) -> Rollout | None:
+        check_text(rollout_id, "rollout_id")
         response = await self._call("GetRollout", build(pb.GetRolloutRequest, rollout_id=rollout_id))
         return codec.rollout_from_proto(response.rollout) if response.HasField("rollout") else None
 
     async def get_latest_attempt(self, rollout_id: str) -> Attempt | None:
+        check_text(rollout_id, "rollout_id")
         response = await self._call(
             "GetLatestAttempt", build(pb.GetLatestAttemptRequest, rollout_id=rollout_id)
         )
@@ -190,6 +203,8 @@ class RemoteReads(LightningStore):
     async def get_resources_by_id(
         self, resources_id: str, version: int | None = None
     ) -> ResourcesUpdate | None:
+        check_text(resources_id, "resources_id")
+        check_version(version)
         request = build(pb.GetResourcesRequest, resources_id=resources_id, version=version)
         return _update(await self._call("GetResources", request))
 
@@ -197,8 +212,19 @@ class RemoteReads(LightningStore):
         return _update(await self._call("GetLatestResources", pb.GetLatestResourcesRequest()))
 
     async def get_worker_by_id(self, worker_id: str) -> Worker | None:
+        check_text(worker_id, "worker_id")
         response = await self._call("GetWorker", build(pb.GetWorkerRequest, worker_id=worker_id))
         return codec.worker_from_proto(response.worker) if response.HasField("worker") else None
+
+
+def _page(sort_by: str | None, sort_order: SortOrder, limit: int, offset: int) -> pb.Page:
+    check_page(sort_by, sort_order, limit, offset)  # which fields there are to sort by, the store knows
+    return codec.page_to_proto(limit=limit, offset=offset, sort_by=sort_by, sort_order=sort_order)
+
+
+def _filter_logic(filter_logic: FilterLogic) -> pb.FilterLogic.ValueType:
+    any_suffices(filter_logic)
+    return codec.FILTER_LOGIC.to_number(filter_logic, "filter_logic")
 
 
 def _update(response: Any) -> ResourcesUpdate | None:

@@ -9,6 +9,7 @@ from lightning.store.contract import UnknownIdError
 from lightning.store.numbers import check_count as check_count
 from lightning.store.numbers import check_time as check_time
 from lightning.store.records import ConfigRecord
+from lightning.store.texts import check_text
 from lightning.types import EnqueueRolloutRequest, RolloutConfig
 
 ROLLOUT_STATUSES = ("queuing", "preparing", "running", "succeeded", "failed", "requeuing", "cancelled")
@@ -63,4 +64,4 @@ def check_worker_id(worker_id: Any, required: bool = False) -> Any:
         return None
     if not isinstance(worker_id, str) or not worker_id:
         raise ValueError(f"worker_id must be a non-empty string, not {worker_id!r}")
-    return worker_id
+    return check_text(worker_id, "worker_id")

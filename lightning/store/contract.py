@@ -6,6 +6,7 @@ uses one, locally or over gRPC, calls these and nothing else.
 Rules that hold for every verb:
 
 - It is a coroutine, and atomic: callers never see half of it. (`watch_rollouts` alone goes on and on.)
+- An identifier or a filter that is no string raises `TypeError`; one that is no valid Unicode, `ValueError`.
 - An unknown identifier raises `ValueError` naming it (`UnknownIdError`, where it is a store of ours), unless the verb
   is a `get_…` that returns `None`.
 - Payloads (`input`, `metadata`, `heartbeat_stats`) are JSON values, see `lightning.types.payload`; what cannot be
@@ -27,6 +28,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from lightning.store.mailbox import WorkerMailboxes
 from lightning.store.numbers import check_count, check_revision, check_wait
 from lightning.store.polling import RevisionGoneError, poll_rollouts
+from lightning.store.texts import check_ids, check_text
 from lightning.types import (
     UNSET,
     Attempt,
@@ -195,7 +197,7 @@ class LightningStore(ABC):
         """Allocate the attempt's next sequence id: 1, 2, 3, …, never the same twice.
 
         Raises:
-            ValueError: The rollout or the attempt is unknown.
+            ValueError: The rollout or the attempt is unknown, or a span was given the last one there is, 2**63 - 1.
         """
 
     @abstractmethod
@@ -307,7 +309,8 @@ class LightningStore(ABC):
     async def get_resources_by_id(
         self, resources_id: str, version: int | None = None
     ) -> ResourcesUpdate | None:
-        """One version of the resources, `version=None` the newest; None if there is no such id or version."""
+        """One version of the resources, `version=None` the newest; None if there is no such id or version. Raises
+        `ValueError` for what can be no version."""
 
     @abstractmethod
     async def get_latest_resources(self) -> ResourcesUpdate | None:
@@ -348,12 +351,13 @@ class LightningStore(ABC):
             RevisionGoneError: The watch cannot go on from there. Watch without `after_revision`.
         """
         check_revision(after_revision)
+        wanted = list(dict.fromkeys(check_ids(rollout_ids, "rollout_ids")))
         if after_revision is not None:
             raise RevisionGoneError(
                 f"a watch cannot go on from revision {after_revision}: {type(self).__name__} keeps no revisions; watch "
                 "without after_revision"
             )
-        async with aclosing(poll_rollouts(self, list(dict.fromkeys(rollout_ids)))) as events:
+        async with aclosing(poll_rollouts(self, wanted)) as events:
             async for event in events:
                 yield event
 
@@ -506,8 +510,13 @@ class LightningStore(ABC):
 
         Returns:
             The commands that arrived, oldest first; nothing when `timeout` seconds have passed (None: no limit).
+
+        Raises:
+            ValueError: `timeout` is negative or NaN.
         """
-        return await self._mailboxes.receive(worker_id, instance_id, timeout)
+        return await self._mailboxes.receive(
+            check_text(worker_id, "worker_id"), instance_id, check_wait(timeout)
+        )
 
     async def send_command(self, command: WorkerCommand, worker_id: str | None = None) -> int:
         """Send a command to one worker, or to all that listen (`worker_id=None`).

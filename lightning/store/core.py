@@ -33,6 +33,7 @@ from lightning.store.persistence.abc import (
 from lightning.store.records import (
     RolloutRecord,
 )
+from lightning.store.texts import check_text
 from lightning.store.watchdog import Watchdog
 from lightning.types import (
     CancelAttempt,
@@ -163,6 +164,7 @@ class EngineCore(LightningStore):
                 return await self._persistence.first_deadline()
 
     async def _require_rollout(self, rollout_id: str) -> RolloutRecord:
+        check_text(rollout_id, "rollout_id")
         record = await self._persistence.get_rollout(rollout_id)
         if record is None:
             raise await self._unknown(rollout_id)
@@ -179,6 +181,7 @@ class EngineCore(LightningStore):
         *,
         interrupt: bool = False,
     ) -> RolloutChange:
+        check_text(rollout_id, "rollout_id")
         digest = current_request()
 
         def once(record: RolloutRecord) -> RolloutRecord:

@@ -41,6 +41,7 @@ from lightning.store.records import (
     encode_metadata,
     encode_resources,
 )
+from lightning.store.texts import check_text
 from lightning.types import (
     UNSET,
     Attempt,
@@ -253,8 +254,7 @@ class StoreEngine(ReadingVerbs):
         return resources_id
 
     async def _check_resources_exist(self, resources_id: str) -> None:
-        if not isinstance(resources_id, str):
-            raise TypeError(f"resources_id must be a string, not {type(resources_id).__name__}")
+        check_text(resources_id, "resources_id")
         if self._validate_resources and await self._persistence.get_resources(resources_id, None) is None:
             raise unknown_resources(resources_id)
 
@@ -365,6 +365,7 @@ class StoreEngine(ReadingVerbs):
     async def _check_attempts_exist(self, keys: Iterable[tuple[str, str]]) -> None:
         for rollout_id, attempt_id in keys:
             record = await self._require_rollout(rollout_id)
+            check_text(attempt_id, "attempt_id")
             if not any(attempt.attempt_id == attempt_id for attempt in record.attempts):
                 raise unknown_attempt(rollout_id, attempt_id)
 
@@ -382,6 +383,7 @@ class StoreEngine(ReadingVerbs):
 
     async def update_resources(self, resources_id: str, resources: NamedResources) -> ResourcesUpdate:
         now = await self._enter()
+        check_text(resources_id, "resources_id")
         encoded = encode_resources(resources)
         digest = current_request()
         while True:
@@ -455,6 +457,7 @@ class StoreEngine(ReadingVerbs):
         metadata: dict[str, Any] | None | Unset = UNSET,
     ) -> Attempt:
         now = await self._enter()
+        check_text(attempt_id, "attempt_id")
         changes: dict[str, Any] = {}
         if status is not UNSET:
             changes["status"] = require_choice(status, ATTEMPT_STATUSES, "status")

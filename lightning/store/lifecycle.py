@@ -31,6 +31,9 @@ QUEUED_STATUSES: frozenset[str] = frozenset({"queuing", "requeuing"})
 RETRYABLE_STATUSES: frozenset[str] = frozenset({"failed", "timeout", "unresponsive"})
 CLOSED_FOR_GOOD_STATUSES: frozenset[str] = TERMINAL_ATTEMPT_STATUSES - {"unresponsive"}
 
+MAX_SPAN_SEQUENCE_ID = 2**63 - 1
+"""What the wire and every backend can hold."""
+
 DEFAULT_SILENT_AFTER_SECONDS = 11.5
 """A worker's default heartbeat interval (10 s) + jitter (0.5 s) + 1 s."""
 
@@ -113,6 +116,9 @@ def receive_spans(
 
     Returns:
         The next record and the sequence id of each span.
+
+    Raises:
+        ValueError: There are no sequence ids left.
     """
     attempt = _require_attempt(record, attempt_id)
     last = attempt.last_span_sequence_id
@@ -121,6 +127,7 @@ def receive_spans(
         sequence_id = span.sequence_id or last + 1
         sequence_ids.append(sequence_id)
         last = max(last, sequence_id)
+    _check_sequence_id(attempt, last)
     heard = replace(attempt, last_span_sequence_id=last, last_heartbeat_time=now)
     if attempt.status == "preparing" or (
         attempt.status == "unresponsive" and attempt is record.latest_attempt
@@ -132,8 +139,18 @@ def receive_spans(
 def allocate_span_sequence_ids(record: RolloutRecord, attempt_id: str, count: int) -> RolloutRecord:
     """Set the next `count` sequence ids aside; they end at the attempt's new `last_span_sequence_id`."""
     attempt = _require_attempt(record, attempt_id)
-    taken = replace(attempt, last_span_sequence_id=attempt.last_span_sequence_id + count)
+    last = attempt.last_span_sequence_id + count
+    _check_sequence_id(attempt, last)
+    taken = replace(attempt, last_span_sequence_id=last)
     return replace(record, attempts=_swap(record.attempts, attempt, taken))
+
+
+def _check_sequence_id(attempt: AttemptRecord, sequence_id: int) -> None:
+    if sequence_id > MAX_SPAN_SEQUENCE_ID:
+        raise ValueError(
+            f"attempt {attempt.attempt_id!r} has no sequence ids left: they end at {MAX_SPAN_SEQUENCE_ID}, "
+            "to which its spans have come"
+        )
 
 
 def last_span_sequence_id(record: RolloutRecord, attempt_id: str) -> int:

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from lightning.store.contract import FilterLogic, SortOrder
 from lightning.store.numbers import check_wait as check_wait
+from lightning.store.numbers import is_count
 from lightning.store.records import RolloutRecord
+from lightning.store.texts import as_list, check_text
 from lightning.types import PaginatedResult
 
 if TYPE_CHECKING:
@@ -68,15 +70,11 @@ class Page:
 
         Raises:
             ValueError: A value that means nothing, with those that do.
+            TypeError: `sort_by` is no string.
         """
+        check_page(sort_by, sort_order, limit, offset)
         if sort_by is not None and sort_by not in fields:
             raise ValueError(f"cannot sort by {sort_by!r}; choose one of {', '.join(fields)}")
-        if sort_order not in ("asc", "desc"):
-            raise ValueError(f"sort_order must be 'asc' or 'desc', not {sort_order!r}")
-        if not _is_count(limit, least=-1):
-            raise ValueError(f"limit must be -1 (no limit) or a number of items, not {limit!r}")
-        if not _is_count(offset, least=0):
-            raise ValueError(f"offset must be a number of items to skip, not {offset!r}")
         return cls(sort_by, sort_order == "desc", limit, offset)
 
     def cut(self, items: Sequence[T]) -> list[T]:
@@ -104,13 +102,21 @@ class Page:
         return PaginatedResult.model_construct(items=items, limit=self.limit, offset=self.offset, total=total)
 
 
+def check_page(sort_by: str | None, sort_order: SortOrder, limit: int, offset: int) -> None:
+    """What of a page needs no knowledge of the fields there are. Raises `ValueError` for what means nothing, and
+    `TypeError` if `sort_by` is no string."""
+    check_texts(sort_by=sort_by)
+    if sort_order not in ("asc", "desc"):
+        raise ValueError(f"sort_order must be 'asc' or 'desc', not {sort_order!r}")
+    if not is_count(limit, least=-1):
+        raise ValueError(f"limit must be -1 (no limit) or a number of items, not {limit!r}")
+    if not is_count(offset, least=0):
+        raise ValueError(f"offset must be a number of items to skip, not {offset!r}")
+
+
 def sort_key(value: Any) -> tuple[bool, Any]:
     """Missing values sort first."""
     return (value is not None, value)
-
-
-def _is_count(value: Any, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 @dataclass(frozen=True)
@@ -123,9 +129,7 @@ class Filters(Generic[T]):
     @classmethod
     def of(cls, conditions: Iterable[Callable[[T], bool]], filter_logic: FilterLogic) -> Filters[T]:
         """Raises `ValueError` for an unknown `filter_logic`."""
-        if filter_logic not in ("and", "or"):
-            raise ValueError(f"filter_logic must be 'and' or 'or', not {filter_logic!r}")
-        return cls(tuple(conditions), filter_logic == "or")
+        return cls(tuple(conditions), any_suffices(filter_logic))
 
     def match(self, item: T) -> bool:
         """Whether `item` is one of those asked for."""
@@ -135,8 +139,26 @@ class Filters(Generic[T]):
         return any(results) if self.any_suffices else all(results)
 
 
-def field_conditions(exact: dict[str, Any], contains: dict[str, str | None]) -> list[Callable[[Any], bool]]:
-    """Conditions on fields by name: equal to a value, or containing a text. None is no condition."""
+def any_suffices(filter_logic: FilterLogic) -> bool:
+    """Whether one of several filters is enough. Raises `ValueError` for an unknown `filter_logic`."""
+    if filter_logic not in ("and", "or"):
+        raise ValueError(f"filter_logic must be 'and' or 'or', not {filter_logic!r}")
+    return filter_logic == "or"
+
+
+def check_texts(**texts: Any) -> None:
+    """Filters by name. Raises `TypeError` for one that is neither a text nor None."""
+    for name, text in texts.items():
+        if text is not None:
+            check_text(text, name)
+
+
+def field_conditions(
+    exact: dict[str, str | None], contains: dict[str, str | None]
+) -> list[Callable[[Any], bool]]:
+    """Conditions on fields by name: equal to a text, or containing it. None is no condition. Raises `TypeError`
+    for anything else."""
+    check_texts(**exact, **{f"{field}_contains": part for field, part in contains.items()})
     return [
         *(_equals(field, wanted) for field, wanted in exact.items() if wanted is not None),
         *(_holds(field, part) for field, part in contains.items() if part is not None),
@@ -203,12 +225,11 @@ def check_members(values: Sequence[Any] | None, allowed: Sequence[str], name: st
     """The elements of a `…_in` filter. Raises `ValueError` naming an element that is none of `allowed`."""
     if values is None:
         return None
-    if isinstance(values, str):
-        raise ValueError(f"{name} must be a list, not the string {values!r}")
-    for value in values:
+    members = as_list(values, name)
+    for value in members:
         if value not in allowed:
             raise ValueError(f"{name} has {value!r}; choose from {', '.join(allowed)}")
-    return frozenset(values)
+    return frozenset(members)
 
 
 @dataclass(frozen=True)

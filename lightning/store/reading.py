@@ -13,12 +13,11 @@ from lightning.store import lifecycle
 from lightning.store.arguments import (
     ROLLOUT_STATUSES,
     WORKER_STATUSES,
-    quote,
     unknown_attempt,
 )
 from lightning.store.contract import FilterLogic, SortOrder
 from lightning.store.core import ANY_CHANGE, EngineCore
-from lightning.store.numbers import check_revision
+from lightning.store.numbers import check_revision, check_version
 from lightning.store.queries import (
     ATTEMPT_SORT_FIELDS,
     RESOURCES_SORT_FIELDS,
@@ -28,7 +27,9 @@ from lightning.store.queries import (
     Page,
     RolloutQuery,
     SpanQuery,
+    any_suffices,
     check_members,
+    check_texts,
     check_wait,
     field_conditions,
 )
@@ -36,6 +37,7 @@ from lightning.store.records import (
     ResourcesRecord,
     WorkerRecord,
 )
+from lightning.store.texts import check_ids, check_text
 from lightning.store.watching import RolloutWatch
 from lightning.types import (
     Attempt,
@@ -101,15 +103,14 @@ class ReadingVerbs(EngineCore):
     ) -> PaginatedResult[Rollout]:
         page = Page.of(sort_by, sort_order, limit, offset, ROLLOUT_SORT_FIELDS)
         ids = rollout_ids if rollout_id_in is None else rollout_id_in
-        if isinstance(ids, str):
-            raise ValueError(f"rollout_id_in must be a list, not the string {quote(ids)}")
+        check_texts(rollout_id_contains=rollout_id_contains)
         query = RolloutQuery(
             status_in=check_members(
                 status if status_in is None else status_in, ROLLOUT_STATUSES, "status_in"
             ),
-            rollout_id_in=None if ids is None else tuple(ids),
+            rollout_id_in=None if ids is None else tuple(check_ids(ids, "rollout_id_in")),
             rollout_id_contains=rollout_id_contains,
-            any_suffices=Filters.of((), filter_logic).any_suffices,
+            any_suffices=any_suffices(filter_logic),
             page=page,
         )
         await self._enter()
@@ -175,6 +176,7 @@ class ReadingVerbs(EngineCore):
         record = await self._require_rollout(rollout_id)
         attempts = record.attempts
         if attempt_id is not None:
+            check_text(attempt_id, "attempt_id")
             attempt = record.find_attempt(attempt_id)
             if attempt is None and attempt_id != "latest":
                 raise unknown_attempt(rollout_id, attempt_id)
@@ -225,6 +227,7 @@ class ReadingVerbs(EngineCore):
         return page.result(filter(filters.match, workers))
 
     async def get_rollout_by_id(self, rollout_id: str) -> Rollout | None:
+        check_text(rollout_id, "rollout_id")
         await self._enter()
         record = await self._persistence.get_rollout(rollout_id)
         return None if record is None else record.to_rollout()
@@ -237,6 +240,8 @@ class ReadingVerbs(EngineCore):
     async def get_resources_by_id(
         self, resources_id: str, version: int | None = None
     ) -> ResourcesUpdate | None:
+        check_text(resources_id, "resources_id")
+        check_version(version)
         await self._enter()
         record = await self._persistence.get_resources(resources_id, version)
         return None if record is None else record.to_update()
@@ -247,6 +252,7 @@ class ReadingVerbs(EngineCore):
         return None if record is None else record.to_update()
 
     async def get_worker_by_id(self, worker_id: str) -> Worker | None:
+        check_text(worker_id, "worker_id")
         now = await self._enter()
         record = await self._persistence.get_worker(worker_id)
         return None if record is None else as_worker(record, now)
@@ -255,9 +261,9 @@ class ReadingVerbs(EngineCore):
         self, *, rollout_ids: Sequence[str], timeout: float | None = None
     ) -> list[Rollout]:
         wait = check_wait(timeout)
+        wanted = list(dict.fromkeys(check_ids(rollout_ids, "rollout_ids")))
         now = await self._enter()
         until = None if wait is None else now + wait
-        wanted = list(dict.fromkeys(rollout_ids))
         time_is_up = wait == 0
         with self._broker.subscribe([("finished", rollout_id) for rollout_id in wanted]) as subscription:
             while True:
@@ -282,8 +288,8 @@ class ReadingVerbs(EngineCore):
         self, *, rollout_ids: Sequence[str], after_revision: int | None = None
     ) -> AsyncGenerator[RolloutEvent, None]:
         check_revision(after_revision)
+        wanted = list(dict.fromkeys(check_ids(rollout_ids, "rollout_ids")))
         await self._enter()
-        wanted = list(dict.fromkeys(rollout_ids))
         watch = RolloutWatch(self._persistence, self._unknown, after_revision)
         topics = [ANY_CHANGE, *(("changed", rollout_id) for rollout_id in wanted)]
         with self._broker.subscribe(topics) as subscription:

@@ -7,6 +7,7 @@ stored as with a thousand. One lock, held for the moment of each primitive, make
 from __future__ import annotations
 
 import heapq
+import sys
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -222,7 +223,7 @@ class MemoryPersistence(Persistence):
             )
             # every ordinal is in exactly one of the indexes
             entries = (next(index[o] for index in indexes if o in index) for o in ordinals)
-        stop = None if page.limit < 0 else page.offset + page.limit
+        stop = None if page.limit < 0 else min(page.offset + page.limit, sys.maxsize)
         return [entry.record for entry in islice(entries, page.offset, stop)], total
 
     def _candidates(self, query: RolloutQuery) -> Iterator[_Entry]:
