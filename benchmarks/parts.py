@@ -71,8 +71,8 @@ def parts(minutes: float | None = None) -> dict[str, Part]:
         ),
         "restart": Part(
             "how soon a server answers on a large file",
-            lambda step: restart.measure(100_000, 10, 5, step),
-            lambda step: restart.measure(2_000, 10, 2, step),
+            lambda step: restart.measure(100_000, 1_000_000, 5, step),
+            lambda step: restart.measure(2_000, 20_000, 2, step),
         ),
         "flat": Part(
             "what calls cost with a million rollouts stored",

@@ -82,9 +82,10 @@ def test_engines_measure_every_backend_that_is_here() -> None:
 
 
 def test_restart() -> None:
-    section = asyncio.run(restart.measure(20, 2, 2, _ignore))
+    section = asyncio.run(restart.measure(20, 40, 2, _ignore))
     (row,) = section.rows
     assert 0 < row.figures["median"] <= row.figures["slowest"]
+    assert "20 rollouts and 40 spans" in section.text
 
 
 def test_growth_draws_every_curve_and_names_its_knee() -> None:
