@@ -20,7 +20,7 @@ from lightning.testing.proxy import TcpProxy
 _CONCURRENCY = 4
 _RETAIN = "1m"
 _SAMPLES = 120
-_CUTS = 60
+"""In the time of each there is one cut, so that all are alike."""
 _LEAST_CUT_PAUSE_SECONDS = 5.0
 """A client repeats a call for about ten seconds, then it takes the server for gone."""
 _END_SECONDS = 60.0
@@ -64,7 +64,7 @@ async def measure(minutes: float, calibration: float, runners: int, step: Callab
     options = ("--retain", _RETAIN, "--metrics-port", str(metrics_port))
     async with ours("sqlite", *options) as served:
         look = _Look(served, metrics_port)
-        pause = max(_LEAST_CUT_PAUSE_SECONDS, seconds / _CUTS)
+        pause = max(_LEAST_CUT_PAUSE_SECONDS, seconds / _SAMPLES)
         async with _clients(served, soaked, pause, look):
             interval = max(0.5, seconds / _SAMPLES)
             command = python("-m", "benchmarks.soaking", served.address, str(seconds), str(interval))
