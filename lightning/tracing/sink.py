@@ -81,6 +81,7 @@ class AttemptTrace:
         self._buffered_bytes = 0
         self._in_flight: Sequence[AnySpan] = ()
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._starting: asyncio.Future[None] | None = None
         self._sender: asyncio.Task[None] | None = None
         self._sender_sleeps = False
         self._sender_hurries = False
@@ -121,11 +122,13 @@ class AttemptTrace:
     # --- From the runner ---------------------------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Begin to send."""
-        await self._run(self._start())
+        """Begin to send. Does not wait for another thread's event loop to have begun: the agent can."""
+        self._starting = asyncio.ensure_future(self._run(self._start()))
+        await asyncio.sleep(0)  # it is handed over now, whatever blocks this loop next
 
     async def flush(self) -> None:
         """Return when every span taken so far is stored, refused or dropped; waits as long as the store is away."""
+        await self._started()
         await self._run(self._flush())
 
     async def close(self, timeout: float | None = None) -> None:
@@ -137,7 +140,13 @@ class AttemptTrace:
         with self._lock:
             self.open = False
         provider.forget(self)
+        await self._started()
         await self._run(self._close(timeout))
+
+    async def _started(self) -> None:
+        if self._starting is not None:
+            # who is cancelled while it waits for a flush must not stop it
+            await asyncio.shield(self._starting)
 
     # --- On the event loop that sends --------------------------------------------------------------------------
 

@@ -83,6 +83,24 @@ async def test_batches_are_cut_by_bytes_but_take_one_span_however_big(store: Unr
         assert store.span_batches == [["s0", "s1"], ["s2"], ["s3"], ["s4"]]
 
 
+async def test_a_flush_that_is_given_up_before_sending_began_stops_nothing(store: UnreliableStore) -> None:
+    may_begin = asyncio.Event()
+
+    async def run_late(work: Any) -> Any:
+        await may_begin.wait()
+        return await work
+
+    rollout = await store.start_rollout("task")
+    attempt = AttemptTrace(store, rollout.rollout_id, rollout.attempt.attempt_id, run=run_late)
+    await attempt.start()
+    attempt.put(span("s"))
+    with pytest.raises(asyncio.TimeoutError):
+        await asyncio.wait_for(attempt.flush(), 0.01)
+    may_begin.set()
+    await attempt.close()
+    assert attempt.stored == 1
+
+
 async def test_flush_returns_when_everything_is_stored_and_can_be_called_again(
     store: UnreliableStore,
 ) -> None:
