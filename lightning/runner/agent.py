@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar
 from lightning.agents import Agent, as_agent
 from lightning.backoff import STORE_AWAY, Backoff
 from lightning.runner.attempt import AttemptExecution, Outcome
+from lightning.runner.claiming import Claims, attempt_ref
 from lightning.runner.heartbeat import Heartbeat
 from lightning.runner.hooks import Hook, Hooks
 from lightning.runner.threads import BlockingThreads
@@ -37,14 +38,11 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-CLAIM_WAIT_SECONDS = 30.0
-"""How long one call waits at the store for work; the next follows at once."""
 COMMAND_WAIT_SECONDS = 30.0
-"""The same for commands."""
+"""How long one call listens at the store for commands; the next follows at once."""
 _START_WAIT_SECONDS = 2.0
 """How long `start` waits for the first heartbeat to arrive."""
 _LAST_HEARTBEAT_SECONDS = 1.0
-_RECOVERY_SECONDS = 1.0
 
 HeartbeatLaunchMode = Literal["thread", "asyncio"]
 _Ending = Literal["drain", "event", "stop"]
@@ -112,6 +110,7 @@ class AgentRunner:
         self.worker_id = f"worker-{uuid.uuid4().hex}" if worker_id is None else worker_id
         self.instance_id = uuid.uuid4().hex
         """Names this runner among those that have the same `worker_id`, before or beside it."""
+        self._claims = Claims(self.store, self.worker_id, self.instance_id)
         self.interrupt_grace = interrupt_grace
         self.threads = BlockingThreads(f"lightning-{self.worker_id}")
         """Where agents that are plain functions run."""
@@ -309,30 +308,12 @@ class AgentRunner:
                 await unless(self._wind_down, _first_done(self._tasks))
             else:
                 left = free if self._max_rollouts is None else min(free, self._max_rollouts - begun)
-                claimed = await unless(self._wind_down, self._claim(left))
-                for rollout in claimed or ():
+                claimed = await unless(self._wind_down, self._claims.take(left))
+                if claimed is None:
+                    claimed = await self._claims.unanswered(self._executions, self._still_held)
+                for rollout in claimed:
                     self._begin(rollout)
                     begun += 1
-                if claimed is None:
-                    await self._recover_broken_claim()
-
-    async def _claim(self, limit: int) -> Sequence[AttemptedRollout]:
-        backoff = Backoff()
-        while True:
-            try:
-                claimed = await self.store.claim_rollouts(
-                    limit=limit,
-                    worker_id=self.worker_id,
-                    instance_id=self.instance_id,
-                    timeout=CLAIM_WAIT_SECONDS,
-                )
-            except STORE_AWAY as error:
-                backoff.log_first(logger, "worker %s waits for the store: %s", self.worker_id, error)
-                await backoff.sleep()
-                continue
-            if backoff.recovered():
-                logger.info("worker %s reaches the store again", self.worker_id)
-            return claimed
 
     def _begin(self, rollout: AttemptedRollout) -> asyncio.Task[Outcome]:
         execution = AttemptExecution(self, rollout)
@@ -363,31 +344,12 @@ class AgentRunner:
                 task.cancel()
             raise
 
-    async def _recover_broken_claim(self) -> None:
-        try:
-            await asyncio.wait_for(self._begin_unanswered(), _RECOVERY_SECONDS)
-        except Exception as error:  # noqa: BLE001  # the store may be going away too
-            logger.debug("worker %s cannot tell whether it claimed something: %r", self.worker_id, error)
-
-    async def _begin_unanswered(self) -> None:
-        """Begin what a claim that was broken off had claimed for this runner before it could say so."""
+    async def _still_held(self, attempts: list[AttemptRef]) -> list[AttemptRef]:
         assert self._heartbeat is not None
-        worker = await self.store.get_worker_by_id(self.worker_id)
-        if worker is None or worker.current_attempt_id in (None, *self._executions):
-            return
-        claimed = {
-            rollout.attempt.attempt_id: rollout
-            for rollout in await self.store.query_rollouts(status_in=["preparing"])
-            if isinstance(rollout, AttemptedRollout) and rollout.attempt.worker_id == self.worker_id
-        }
-        unknown = [_ref(rollout) for key, rollout in claimed.items() if key not in self._executions]
-        # another process under this worker's name has attempts too: those are its own
-        for ref in await self.run_upkeep(self._heartbeat.still_held(unknown)):
-            logger.info("attempt %s was claimed by a call that was broken off", ref.attempt_id)
-            self._begin(claimed[ref.attempt_id])
+        return await self.run_upkeep(self._heartbeat.still_held(attempts))
 
     def _attempts_in_hand(self) -> list[AttemptRef]:
-        return [_ref(execution.rollout) for execution in list(self._executions.values())]
+        return [attempt_ref(execution.rollout) for execution in list(self._executions.values())]
 
     def _shortest_lease(self) -> float | None:
         leases = [
@@ -476,10 +438,6 @@ class AgentRunner:
 
 _ENDINGS: tuple[_Ending | None, ...] = (None, "drain", "event", "stop")
 """How `run` ends, in order of urgency."""
-
-
-def _ref(rollout: AttemptedRollout) -> AttemptRef:
-    return AttemptRef(rollout_id=rollout.rollout_id, attempt_id=rollout.attempt.attempt_id)
 
 
 async def _first_done(tasks: Iterable[asyncio.Task[Any]]) -> None:
