@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -121,6 +122,23 @@ def test_a_rival_package_makes_the_import_fail_at_once(tmp_path: Path, name: str
         "ImportError: agent-lightning-grpc and " + name + " 2.5 (PyTorch Lightning) are installed"
     )
     assert f"pip uninstall {name}" in last
+
+
+@pytest.mark.parametrize("command", [["lightning"], ["python", "-m", "lightning"]])
+def test_beside_a_rival_package_the_command_says_so_in_one_line(tmp_path: Path, command: list[str]) -> None:
+    install(tmp_path, "lightning", "lightning/__init__.py")
+    program = str(Path(sys.executable).parent / command[0])
+    outcome = subprocess.run(
+        [program, *command[1:], "--help"],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=50,
+        check=False,
+    )
+    assert outcome.returncode == 1
+    assert outcome.stderr.startswith("error: agent-lightning-grpc and lightning 2.5 (PyTorch Lightning)")
+    assert len(outcome.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
