@@ -71,8 +71,9 @@ async def prove_cuts(seconds: float) -> bool:
         for name in ("cuts", "duplicated", "straggled", "rollouts", "events")
     )
     print(
-        f"cuts: {cuts} over delayed connections, {duplicated} of them doubled, {straggled} pieces after their time; "
-        f"{rollouts} rollouts with 6 spans each, watched by {events} events; {len(wrong)} wrong ({seconds:.0f} s)",
+        f"cuts: {cuts} times of all connections, {duplicated} connections doubled, {straggled} pieces of data after "
+        f"their time, all delayed; {rollouts} rollouts with 6 spans each, watched by {events} events; "
+        f"{len(wrong)} wrong ({seconds:.0f} s)",
         *wrong,
         sep="\n  ",
         flush=True,
