@@ -216,8 +216,9 @@ async def heard(store: LightningStore, rollout_id: str, what: str, attempt: int 
     """What the agent said in this attempt, once it has."""
     until = time.monotonic() + DEADLINE_SECONDS
     while True:
+        spans = await store.query_spans(rollout_id)
         attempts = {one.attempt_id: one.sequence_id for one in await store.query_attempts(rollout_id)}
-        for said in map(_said, await store.query_spans(rollout_id)):
+        for said in map(_said, spans):
             if said.what == what and attempts[said.attempt_id] == attempt:
                 return said
         if time.monotonic() > until:
@@ -321,17 +322,14 @@ class Row:
         return sorted(self.seconds)
 
     async def __call__(self, store: LightningStore, event: ExecutionEvent) -> None:
-        until = time.monotonic() + DEADLINE_SECONDS
-        while len(await store.query_workers()) < self.runners:
-            if time.monotonic() > until:
-                raise ProofError("the runners do not come")
-            await asyncio.sleep(0.1)
-        await asyncio.sleep(1.0)  # their claims are on their way
+        await self._runners_are_there(store, self.runners)
         spinner = threading.Thread(target=self._compute)
         if self.spin:
             spinner.start()
         try:
             for number in range(self.count):
+                if self.apart:  # a dead one's successor has another name
+                    await self._runners_are_there(store, self.runners + number)
                 await asyncio.sleep(self.pause if number else 0)
                 self.seconds.append(await self.once(store))
         finally:
@@ -339,6 +337,14 @@ class Row:
             if self.spin:
                 spinner.join()
         await check_each_once(store)
+
+    async def _runners_are_there(self, store: LightningStore, count: int) -> None:
+        until = time.monotonic() + DEADLINE_SECONDS
+        while len(await store.query_workers()) < count:
+            if time.monotonic() > until:
+                raise ProofError("the runners do not come")
+            await asyncio.sleep(0.1)
+        await asyncio.sleep(1.0)  # their claims are on their way
 
     def _compute(self) -> None:
         number = 0
