@@ -27,7 +27,6 @@ from lightning.types import (
     PaginatedResult,
     Span,
     Unset,
-    decode_payload,
 )
 
 if TYPE_CHECKING:
@@ -267,8 +266,7 @@ async def update_worker(service: StoreService, request: pb.UpdateWorkerRequest) 
     stats: dict[str, Any] | None | Unset = UNSET
     if request.HasField("heartbeat_stats_json"):
         data = request.heartbeat_stats_json
-        cleared = decode_payload(data, "heartbeat_stats") is None
-        stats = None if cleared else decode_object(data, "heartbeat_stats")
+        stats = None if data.strip() == b"null" else decode_object(data, "heartbeat_stats")
     worker = await service.store.update_worker(request.worker_id, stats)
     return pb.UpdateWorkerResponse(worker=codec.worker_to_proto(worker))
 

@@ -49,7 +49,12 @@ class RepeatTable:
         self._size_bytes = 0
 
     async def run(
-        self, key: RequestKey, work: Callable[[], Coroutine[Any, Any, Outcome]], *, abandonable: bool = False
+        self,
+        key: RequestKey,
+        work: Callable[[], Coroutine[Any, Any, Outcome]],
+        *,
+        abandonable: bool = False,
+        instant: bool = False,
     ) -> Outcome:
         """The outcome of this request: the remembered one, that of the first call still at work, or a new one.
 
@@ -57,12 +62,18 @@ class RepeatTable:
             key: Names the request.
             work: Does what is asked for. It goes on when the caller is cancelled, so that the repeat finds an outcome.
             abandonable: It ends instead when nobody waits for it any more: for work that would otherwise wait.
+            instant: Nobody can go away in its middle, so that it needs no task of its own, which costs more than many a
+                call.
         """
         while (running := self._running.get(key)) is not None and running.abandoned:
             await asyncio.wait({running.task})
         known = self._outcomes.get(key)
         if known is not None:
             return known[2]
+        if instant and running is None:
+            outcome = await work()
+            self._remember(key, outcome)
+            return outcome
         if running is None:
             running = self._running[key] = _Running(asyncio.get_running_loop().create_task(work()))
             running.task.add_done_callback(lambda task: self._settle(key, task))
@@ -88,7 +99,9 @@ class RepeatTable:
         del self._running[key]
         if task.cancelled() or task.exception() is not None:
             return  # nothing is known to have happened: a repeat starts anew
-        outcome = task.result()
+        self._remember(key, task.result())
+
+    def _remember(self, key: RequestKey, outcome: Outcome) -> None:
         if isinstance(outcome, Failure) and outcome.leaves_open:
             return
         size = _ENTRY_OVERHEAD_BYTES + (len(outcome) if isinstance(outcome, bytes) else len(outcome.detail))

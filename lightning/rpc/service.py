@@ -37,6 +37,7 @@ from lightning.rpc.span_sessions import SpanSessions, stream_spans
 from lightning.rpc.streams import OpenStreams
 from lightning.rpc.worker_sessions import worker_session
 from lightning.store.contract import LightningStore
+from lightning.store.engine import StoreEngine
 from lightning.store.idempotency import request as request_scope
 from lightning.types import WorkerCommand
 
@@ -102,6 +103,7 @@ class StoreService:
         self.store_class = store_class
         self.limits = limits
         self._suspect = suspect
+        self._instant = isinstance(store, StoreEngine) and store.instant
         self.instance_id = uuid.uuid4().hex
         self.streams = OpenStreams(limits.max_connection_age)
         self.span_sessions = SpanSessions(
@@ -205,7 +207,9 @@ class StoreService:
             key = (name, request.request_id)
             # a claim that waits for work must not go on waiting when the runner is gone
             waits = name == "DequeueRollouts" and request.wait_seconds > 0
-            return await self._repeats.run(key, lambda: run_once(request), abandonable=waits)
+            return await self._repeats.run(
+                key, lambda: run_once(request), abandonable=waits, instant=self._instant and not waits
+            )
 
         async def handle(data: bytes, context: Context) -> bytes:
             with self._call():

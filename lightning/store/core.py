@@ -88,6 +88,12 @@ class EngineCore(LightningStore):
         return self._persistence
 
     @property
+    def instant(self) -> bool:
+        """Whether a verb that changes something never suspends between its first change and its end, so that a caller
+        cannot go away in the middle."""
+        return self._persistence.instant
+
+    @property
     def _mailboxes(self) -> WorkerMailboxes:
         return self._commands
 

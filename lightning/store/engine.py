@@ -7,7 +7,6 @@ whoever waits. It keeps no state of its own beside the watchdog's next deadline.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -183,7 +182,7 @@ class StoreEngine(ReadingVerbs):
             return lifecycle.begin_attempt(record, attempt_id(taken), worker_id, instance_id, now)
 
         def dequeued(worker: WorkerRecord) -> WorkerRecord:
-            return replace(worker, last_dequeue_time=now)
+            return worker._replace(last_dequeue_time=now)
 
         def settle(
             before: RolloutRecord | None, after: RolloutRecord
@@ -483,7 +482,7 @@ class StoreEngine(ReadingVerbs):
         changes: dict[str, Any] = {"last_heartbeat_time": now}
         if heartbeat_stats is not UNSET:
             changes["heartbeat_stats"] = encode_metadata(heartbeat_stats, "heartbeat_stats")
-        record = await self._persistence.change_worker(worker_id, lambda worker: replace(worker, **changes))
+        record = await self._persistence.change_worker(worker_id, lambda worker: worker._replace(**changes))
         for lease in record.leases:
             if lease.instance_id is None:
                 await self._refresh(lease.rollout_id, lease.attempt_id, now)
@@ -499,7 +498,7 @@ class StoreEngine(ReadingVerbs):
         }
         if heartbeat.heartbeat_stats is not None:
             changes["heartbeat_stats"] = encode_metadata(heartbeat.heartbeat_stats, "heartbeat_stats")
-        record = await self._persistence.change_worker(worker_id, lambda worker: replace(worker, **changes))
+        record = await self._persistence.change_worker(worker_id, lambda worker: worker._replace(**changes))
         commands: list[WorkerCommand] = []
         for ref in heartbeat.attempts:
             rollout = await self._persistence.get_rollout(ref.rollout_id)

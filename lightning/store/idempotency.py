@@ -12,7 +12,6 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import replace
 from hashlib import blake2b
 
 from lightning.store.records import AppliedRequest, RolloutRecord
@@ -68,7 +67,7 @@ def mark_applied(record: RolloutRecord, request_digest: str | None, value: int =
     if request_digest is None:
         return record
     applied = (*record.applied, AppliedRequest(request_digest, value))
-    return replace(record, applied=applied[-_MAX_REMEMBERED_REQUESTS:])
+    return record._replace(applied=applied[-_MAX_REMEMBERED_REQUESTS:])
 
 
 def _digest(text: str, size_bytes: int) -> str:

@@ -19,9 +19,8 @@ rollout   queuing ──claim──▶ preparing ──▶ running ──▶ suc
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from lightning.store.contract import TERMINAL_ATTEMPT_STATUSES, TERMINAL_ROLLOUT_STATUSES, UnknownIdError
 from lightning.store.records import AttemptRecord, Lease, RolloutRecord, SpanRecord, WorkerRecord
@@ -106,7 +105,7 @@ def begin_attempt(
         worker_id=worker_id,
         instance_id=instance_id,
     )
-    return replace(record, status="preparing", end_time=None, attempts=(*record.attempts, attempt))
+    return record._replace(status="preparing", end_time=None, attempts=(*record.attempts, attempt))
 
 
 def receive_spans(
@@ -128,11 +127,11 @@ def receive_spans(
         sequence_ids.append(sequence_id)
         last = max(last, sequence_id)
     _check_sequence_id(attempt, last)
-    heard = replace(attempt, last_span_sequence_id=last, last_heartbeat_time=now)
+    heard = attempt._replace(last_span_sequence_id=last, last_heartbeat_time=now)
     if attempt.status == "preparing" or (
         attempt.status == "unresponsive" and attempt is record.latest_attempt
     ):
-        heard = replace(heard, status="running", end_time=None)
+        heard = heard._replace(status="running", end_time=None)
     return _with_attempt(record, attempt, heard, now), sequence_ids
 
 
@@ -141,8 +140,8 @@ def allocate_span_sequence_ids(record: RolloutRecord, attempt_id: str, count: in
     attempt = _require_attempt(record, attempt_id)
     last = attempt.last_span_sequence_id + count
     _check_sequence_id(attempt, last)
-    taken = replace(attempt, last_span_sequence_id=last)
-    return replace(record, attempts=_swap(record.attempts, attempt, taken))
+    taken = attempt._replace(last_span_sequence_id=last)
+    return record._replace(attempts=_swap(record.attempts, attempt, taken))
 
 
 def _check_sequence_id(attempt: AttemptRecord, sequence_id: int) -> None:
@@ -164,9 +163,9 @@ def update_attempt(
     """A report on an attempt. `changes` holds the fields to replace, by name: status, worker_id,
     last_heartbeat_time, metadata."""
     attempt = _require_attempt(record, attempt_id)
-    changed = replace(attempt, **{name: value for name, value in changes.items() if name != "status"})
+    changed = attempt._replace(**{name: value for name, value in changes.items() if name != "status"})
     if "worker_id" in changes and changes["worker_id"] != attempt.worker_id:
-        changed = replace(changed, instance_id=None)  # it is another worker's now, in whatever process
+        changed = changed._replace(instance_id=None)  # it is another worker's now, in whatever process
     status: AttemptStatus | None = changes.get("status")
     if status == "cancelled":
         raise ValueError(
@@ -193,8 +192,8 @@ def refresh_attempt(record: RolloutRecord, attempt_id: str, now: float) -> Rollo
     attempt = record.find_attempt(attempt_id)
     if attempt is None or not is_open(attempt):
         return record
-    return replace(
-        record, attempts=_swap(record.attempts, attempt, replace(attempt, last_heartbeat_time=now))
+    return record._replace(
+        attempts=_swap(record.attempts, attempt, attempt._replace(last_heartbeat_time=now))
     )
 
 
@@ -230,7 +229,7 @@ def expire(record: RolloutRecord, now: float) -> RolloutRecord:
 def update_rollout(record: RolloutRecord, changes: dict[str, Any], now: float) -> RolloutRecord:
     """A change by hand. `changes` holds the fields to replace, by name: input, mode, resources_id, status, config,
     metadata (payloads encoded)."""
-    changed = replace(record, **{name: value for name, value in changes.items() if name != "status"})
+    changed = record._replace(**{name: value for name, value in changes.items() if name != "status"})
     status: RolloutStatus | None = changes.get("status")
     if status is None or status == record.status:
         return changed
@@ -245,10 +244,10 @@ def update_rollout(record: RolloutRecord, changes: dict[str, Any], now: float) -
             for attempt in record.attempts
         )
         end_time = now if record.end_time is None else record.end_time
-        return replace(changed, status=status, end_time=end_time, attempts=attempts)
+        return changed._replace(status=status, end_time=end_time, attempts=attempts)
     if status in QUEUED_STATUSES and is_queued(record):
-        return replace(changed, status=status)
-    return replace(changed, status=status, end_time=None)
+        return changed._replace(status=status)
+    return changed._replace(status=status, end_time=None)
 
 
 def _attempt_status_for(status: RolloutStatus) -> AttemptStatus:
@@ -273,19 +272,19 @@ def _follow(record: RolloutRecord, attempt: AttemptRecord, now: float) -> Rollou
         status = "requeuing"
     else:
         status = "failed"
-    return replace(record, status=status, end_time=now if status in TERMINAL_ROLLOUT_STATUSES else None)
+    return record._replace(status=status, end_time=now if status in TERMINAL_ROLLOUT_STATUSES else None)
 
 
 def _with_attempt(record: RolloutRecord, old: AttemptRecord, new: AttemptRecord, now: float) -> RolloutRecord:
     if new == old:
         return record
     follows = old is record.latest_attempt and new.status != old.status
-    record = replace(record, attempts=_swap(record.attempts, old, new))
+    record = record._replace(attempts=_swap(record.attempts, old, new))
     return _follow(record, new, now) if follows else record
 
 
 def _with_status(attempt: AttemptRecord, status: AttemptStatus, now: float) -> AttemptRecord:
-    return replace(attempt, status=status, end_time=now if status in TERMINAL_ATTEMPT_STATUSES else None)
+    return attempt._replace(status=status, end_time=now if status in TERMINAL_ATTEMPT_STATUSES else None)
 
 
 def _swap(
@@ -307,8 +306,7 @@ def _require_attempt(record: RolloutRecord, attempt_id: str) -> AttemptRecord:
 # --- Effects ----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Hold:
+class Hold(NamedTuple):
     """An attempt in the hands of a worker."""
 
     worker_id: str
@@ -316,8 +314,7 @@ class Hold:
     status: AttemptStatus
 
 
-@dataclass(frozen=True)
-class Effects:
+class Effects(NamedTuple):
     """What a change means to others."""
 
     entered_queue: bool
@@ -344,7 +341,7 @@ def effects(before: RolloutRecord | None, after: RolloutRecord) -> Effects:
         finished=is_finished(after) and not (before is not None and is_finished(before)),
         acquired=tuple(hold for key, hold in held_after.items() if key not in held_before),
         released=tuple(
-            replace(hold, status=status_now[hold.lease.attempt_id])
+            hold._replace(status=status_now[hold.lease.attempt_id])
             for key, hold in held_before.items()
             if key not in held_after
         ),
@@ -405,7 +402,7 @@ def acquire(worker: WorkerRecord, lease: Lease, now: float) -> WorkerRecord:
     """The worker began to execute an attempt."""
     if any(held.attempt_id == lease.attempt_id for held in worker.leases):
         return worker
-    return replace(worker, leases=(*worker.leases, lease), last_busy_time=now)
+    return worker._replace(leases=(*worker.leases, lease), last_busy_time=now)
 
 
 def release(worker: WorkerRecord, hold: Hold, now: float) -> WorkerRecord:
@@ -414,7 +411,7 @@ def release(worker: WorkerRecord, hold: Hold, now: float) -> WorkerRecord:
     if len(leases) == len(worker.leases):
         return worker
     idle = not leases and hold.status != "unresponsive"
-    return replace(worker, leases=leases, last_idle_time=now if idle else worker.last_idle_time)
+    return worker._replace(leases=leases, last_idle_time=now if idle else worker.last_idle_time)
 
 
 def worker_status(worker: WorkerRecord, now: float) -> WorkerStatus:

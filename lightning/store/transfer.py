@@ -174,7 +174,7 @@ class _Import:
             self._queue_length += 1
             return record
         self._parked[place] = record
-        return replace(record, status="preparing")
+        return record._replace(status="preparing")
 
     def _take_span(self, line: SpanLine) -> None:
         attempts = () if self._last is None else self._last.attempts

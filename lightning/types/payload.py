@@ -52,7 +52,7 @@ def decode_payload(data: bytes, name: str = "payload") -> JsonValue:
         ValueError: `data` is not UTF-8 JSON, or holds NaN or an infinity. `name` says what it was.
     """
     try:
-        value = json.loads(data, parse_constant=_refuse_constant)
+        value = _decoder.decode(data.decode("utf-8", "surrogatepass"))
     except RecursionError:
         raise ValueError(f"{name} is nested too deeply") from None
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are both ValueErrors
@@ -76,6 +76,10 @@ def to_json_value(value: Any, name: str) -> JsonValue:
 
 def _refuse_constant(constant: str) -> None:
     raise ValueError(f"{constant} is not a JSON value")
+
+
+_decoder = json.JSONDecoder(parse_constant=_refuse_constant)
+"""One for all: `json.loads` makes a decoder for each call that gives it a `parse_constant`."""
 
 
 def _convert(value: Any, path: tuple[PathStep, ...]) -> JsonValue:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import pytest
 from server import Mongod
@@ -49,10 +48,10 @@ def begin(attempts: int) -> Callable[[RolloutRecord], RolloutRecord]:
     def transition(record: RolloutRecord) -> RolloutRecord:
         first = lifecycle.begin_attempt(record, "at-0", "w-1", None, 1.0).attempts[-1]
         more = tuple(
-            replace(first, attempt_id=f"at-{number}", sequence_id=number + 1, status="failed", end_time=2.0)
+            first._replace(attempt_id=f"at-{number}", sequence_id=number + 1, status="failed", end_time=2.0)
             for number in range(attempts)
         )
-        return replace(record, status="running", attempts=more)
+        return record._replace(status="running", attempts=more)
 
     return transition
 

@@ -54,11 +54,10 @@ def spans_set_nothing_running(patch: Patch) -> None:
     def receive(record: Any, attempt_id: str, spans: Any, now: float) -> Any:
         after, numbers = original(record, attempt_id, spans, now)
         attempt = after.find_attempt(attempt_id)
-        return replace(
-            after,
+        return after._replace(
             status=record.status,
             attempts=lifecycle._swap(
-                after.attempts, attempt, replace(attempt, status=record.find_attempt(attempt_id).status)
+                after.attempts, attempt, attempt._replace(status=record.find_attempt(attempt_id).status)
             ),
         ), numbers
 

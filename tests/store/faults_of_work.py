@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import uuid
-from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -151,7 +150,7 @@ def every_attempt_is_the_first(patch: Patch) -> None:
 @caught_by("test_only_the_latest_attempt_is_followed", "test_a_span_of_an_earlier_attempt_moves_only_that")
 def the_rollout_follows_any_attempt(patch: Patch) -> None:
     def with_attempt(record: Any, old: Any, new: Any, now: float) -> Any:
-        after = replace(record, attempts=lifecycle._swap(record.attempts, old, new))
+        after = record._replace(attempts=lifecycle._swap(record.attempts, old, new))
         return lifecycle._follow(after, new, now) if new.status != old.status else after
 
     patch.setattr(lifecycle, "_with_attempt", with_attempt)
@@ -200,7 +199,7 @@ def success_is_tried_again(patch: Patch) -> None:
 
     def follow(record: Any, attempt: Any, now: float) -> Any:
         if attempt.status == "succeeded":
-            return replace(record, status="requeuing")
+            return record._replace(status="requeuing")
         return original(record, attempt, now)
 
     patch.setattr(lifecycle, "_follow", follow)
@@ -209,7 +208,7 @@ def success_is_tried_again(patch: Patch) -> None:
 @caught_by("test_success_ends_both", "test_ending_a_rollout_closes_its_open_attempt")
 def the_end_of_an_attempt_has_no_time(patch: Patch) -> None:
     patch.setattr(
-        lifecycle, "_with_status", lambda attempt, status, now: replace(attempt, status=status, end_time=None)
+        lifecycle, "_with_status", lambda attempt, status, now: attempt._replace(status=status, end_time=None)
     )
 
 
@@ -219,7 +218,7 @@ def the_time_of_an_earlier_end_stays(patch: Patch) -> None:
 
     def swap(self: Any, entry: Any, after: Any) -> Any:
         if entry.record.end_time is not None and after.end_time is None:
-            after = replace(after, end_time=entry.record.end_time)
+            after = after._replace(end_time=entry.record.end_time)
         return original(self, entry, after)
 
     patch.setattr(MemoryPersistence, "_replace", swap)
@@ -231,7 +230,7 @@ def a_cancellation_can_be_undone(patch: Patch) -> None:
 
     def update(record: Any, changes: Any, now: float) -> Any:
         if record.status == "cancelled" and changes.get("status", "cancelled") != "cancelled":
-            record = replace(record, status="running")
+            record = record._replace(status="running")
         return original(record, changes, now)
 
     patch.setattr(lifecycle, "update_rollout", update)
@@ -243,7 +242,7 @@ def a_cancelled_rollout_can_be_attempted(patch: Patch) -> None:
     patch.setattr(
         lifecycle,
         "begin_attempt",
-        lambda record, *args: original(replace(record, status="running"), *args),
+        lambda record, *args: original(record._replace(status="running"), *args),
     )
 
 
@@ -258,7 +257,7 @@ def ending_a_rollout_leaves_its_attempt_open(patch: Patch) -> None:
     patch.setattr(
         lifecycle,
         "update_rollout",
-        lambda record, changes, now: replace(original(record, changes, now), attempts=record.attempts),
+        lambda record, changes, now: original(record, changes, now)._replace(attempts=record.attempts),
     )
 
 
@@ -415,7 +414,7 @@ def finishing_leaves_a_worker_busy(patch: Patch) -> None:
 def one_end_makes_a_worker_idle(patch: Patch) -> None:
     original = lifecycle.release
     patch.setattr(
-        lifecycle, "release", lambda worker, hold, now: replace(original(worker, hold, now), leases=())
+        lifecycle, "release", lambda worker, hold, now: original(worker, hold, now)._replace(leases=())
     )
 
 

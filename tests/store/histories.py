@@ -12,6 +12,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
+from lightning.codec.spans import encode_span_ids
 from lightning.store import lifecycle
 from lightning.store.idempotency import mark_applied
 from lightning.store.persistence.abc import Persistence
@@ -186,7 +187,10 @@ class Append(Operation):
                 raise ValueError(f"refused {fresh}")
             return lifecycle.receive_spans(record, attempt_id, fresh, self.now)
 
-        spans = [SpanRecord(attempt_id, *span) for span in self.spans]
+        ids = encode_span_ids(self.rollout_id, attempt_id)  # with which every span's encoding begins
+        spans = [
+            SpanRecord(attempt_id, span_id, number, ids + payload) for span_id, number, payload in self.spans
+        ]
         return await backend.append_spans(
             self.rollout_id, attempt_id, spans, receive, partial(lifecycle.settle, now=self.now)
         )
@@ -210,7 +214,7 @@ class ChangeWorker(Operation):
         def change(worker: WorkerRecord) -> WorkerRecord:
             if self.fail:
                 raise ValueError(f"refused {worker}")
-            return replace(worker, **self.changes) if self.changes else worker
+            return worker._replace(**self.changes) if self.changes else worker
 
         return await backend.change_worker(self.worker_id, change)
 
@@ -254,6 +258,10 @@ RECORDS = st.builds(
     mode=st.sampled_from([None, "train", "val"]),
     resources_id=TEXTS,
     metadata=METADATA,
+    end_time=st.none(),  # what is left out of a tuple, hypothesis makes up
+    attempts=st.just(()),
+    applied=st.just(()),
+    revision=st.just(0),
 )
 QUERIES = st.builds(
     RolloutQuery,
@@ -396,7 +404,7 @@ async def outcome(operation: Operation, backend: Persistence, number: int) -> An
 def plain(value: Any) -> Any:
     """`value` less the revisions in it, which are a backend's own."""
     if isinstance(value, RolloutRecord):
-        return replace(value, revision=0)
+        return value._replace(revision=0)
     if is_dataclass(value) and not isinstance(value, type):
         return type(value), {field.name: plain(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, dict):

@@ -52,8 +52,8 @@ def change_config(patch: Patch, **fields: Any) -> None:
     original = lifecycle._follow
 
     def follow(record: Any, attempt: Any, now: float) -> Any:
-        generous = replace(record, config=replace(record.config, **{"max_attempts": 99, **fields}))
-        return replace(original(generous, attempt, now), config=record.config)
+        generous = record._replace(config=replace(record.config, **{"max_attempts": 99, **fields}))
+        return original(generous, attempt, now)._replace(config=record.config)
 
     patch.setattr(lifecycle, "_follow", follow)
 
@@ -78,11 +78,11 @@ def revive(patch: Patch, revives: Callable[[Any, Any], bool]) -> None:
     def receive(record: Any, attempt_id: str, spans: Any, now: float) -> Any:
         after, numbers = original(record, attempt_id, spans, now)
         before = record.find_attempt(attempt_id)
-        heard = replace(before, last_heartbeat_time=now)
+        heard = before._replace(last_heartbeat_time=now)
         if before.status == "preparing":
             return after, numbers
         if revives(record, before):
-            heard = replace(heard, status="running", end_time=None)
+            heard = heard._replace(status="running", end_time=None)
         return lifecycle._with_attempt(record, before, heard, now), numbers
 
     patch.setattr(lifecycle, "receive_spans", receive)

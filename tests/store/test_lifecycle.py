@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -154,12 +153,12 @@ def test_an_open_attempt_expires_strictly_after_its_time(
         was = status_of(before, attempt_id)
         config = ConfigRecord(100, 10, before.config.max_attempts, before.config.retry_condition)
         attempts = tuple(
-            replace(a, start_time=NOW - age, last_heartbeat_time=heard)
+            a._replace(start_time=NOW - age, last_heartbeat_time=heard)
             if a.attempt_id == attempt_id
-            else replace(a, start_time=NOW)
+            else a._replace(start_time=NOW)
             for a in before.attempts
         )
-        record = replace(before, config=config, attempts=attempts)
+        record = before._replace(config=config, attempts=attempts)
         after = lifecycle.expire(record, NOW)
         check(record, after, attempt_id, is_latest, expected if was in OPEN and expected else was)
         deadline = lifecycle.next_deadline(record)
@@ -187,7 +186,7 @@ def test_all_attempts_of_a_rollout_can_expire_at_once() -> None:
 )
 def test_the_next_deadline_is_the_first_of_all(config: RolloutConfig, expected: float | None) -> None:
     heard = attempt(1, "running", last_heartbeat_time=START + 45)
-    later = replace(attempt(2, "preparing"), start_time=START + 60)
+    later = attempt(2, "preparing")._replace(start_time=START + 60)
     assert lifecycle.next_deadline(rollout("running", heard, later, config=config)) == expected
     assert lifecycle.next_deadline(rollout("queuing", config=config)) is None
     assert lifecycle.next_deadline(rollout("failed", attempt(1, "failed"), config=config)) is None
@@ -197,7 +196,7 @@ def test_a_refresh_touches_open_attempts_only() -> None:
     for before, attempt_id, _ in every_case():
         after = lifecycle.refresh_attempt(before, attempt_id, NOW)
         if status_of(before, attempt_id) in OPEN:
-            refreshed = replace(before.find_attempt(attempt_id), last_heartbeat_time=NOW)  # type: ignore[type-var]
+            refreshed = before.find_attempt(attempt_id)._replace(last_heartbeat_time=NOW)  # type: ignore[union-attr]
             assert after.find_attempt(attempt_id) == refreshed
             assert after.status == before.status
         else:
@@ -276,7 +275,7 @@ def test_a_status_given_by_hand() -> None:
         after = lifecycle.update_rollout(before, {"status": status, "mode": "test"}, NOW)
         assert (after.status, after.mode) == (status, "test")
         if status == before.status:
-            assert after == replace(before, mode="test")
+            assert after == before._replace(mode="test")
             continue
         if status in FINAL:
             closes = was in OPEN or (was == "unresponsive" and is_latest)
@@ -379,12 +378,12 @@ TIMES = ("last_heartbeat_time", "last_dequeue_time", "last_busy_time", "last_idl
 def test_the_status_of_a_worker(heard_as: str, limit: float | None) -> None:
     silent_after = 11.5 if limit is None else limit
     heard: dict[str, Any] = {"silent_after_seconds": limit, heard_as: NOW}
-    worker = replace(WorkerRecord("w-1"), **heard)
+    worker = WorkerRecord("w-1")._replace(**heard)
     for leases, when_alive in (
         ((lease(1),), "busy"),
         ((), "idle" if heard_as == "last_idle_time" else "unknown"),
     ):
-        record = replace(worker, leases=leases)
+        record = worker._replace(leases=leases)
         assert lifecycle.worker_status(record, NOW) == when_alive
         assert lifecycle.worker_status(record, NOW + silent_after) == when_alive
         late = math.nextafter(NOW + silent_after, math.inf)

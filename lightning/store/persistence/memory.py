@@ -11,7 +11,6 @@ import sys
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
 from itertools import count, islice
 
 from sortedcontainers import SortedDict
@@ -151,7 +150,7 @@ class MemoryPersistence(Persistence):
         if known is not None:
             return known.record
         self._revision += 1
-        record = replace(record, revision=self._revision)
+        record = record._replace(revision=self._revision)
         entry = _Entry(record, len(self._rollouts))
         self._rollouts[record.rollout_id] = entry
         self._index(entry, None)
@@ -270,7 +269,7 @@ class MemoryPersistence(Persistence):
         before = entry.record
         if after is not before:
             self._revision += 1
-            entry.record = after = replace(after, revision=self._revision)
+            entry.record = after = after._replace(revision=self._revision)
             self._index(entry, before)
             self._settle(settle, before, after)
         return RolloutChange(before, after)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from lightning.store import lifecycle
 from lightning.store.persistence import sqlite_rows as rows
@@ -42,7 +41,7 @@ def insert_rollouts(
     new: list[StoredRollout] = []
     for record in records:
         if record.rollout_id not in stored:
-            record = replace(record, revision=counters.add("revision"))
+            record = record._replace(revision=counters.add("revision"))
             stored[record.rollout_id] = record
             position = counters.add("queue_position") if lifecycle.is_queued(record) else None
             new.append(StoredRollout(counters.add("ordinal"), position, record))
@@ -96,7 +95,7 @@ def _replace(
     connection, counters, before = session.connection, session.counters, stored.record
     if after is before:
         return RolloutChange(before, before)
-    after = replace(after, revision=counters.add("revision"))
+    after = after._replace(revision=counters.add("revision"))
     position = stored.queue_position
     if after.status != before.status:
         counters.add(STATUS_COUNTER + before.status, -1)

@@ -12,7 +12,7 @@ import os
 import struct
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 from itertools import count
 from typing import Any, Protocol, TypeVar
@@ -322,7 +322,7 @@ class RolloutForm:
         return len(record.attempts) <= 8 and sum(len(data) for data in payloads if data) <= _SMALL_BYTES
 
     def stored(self, record: RolloutRecord, marks: Document) -> RolloutRecord:
-        return replace(record, revision=number(marks["revision"]))
+        return record._replace(revision=number(marks["revision"]))
 
 
 _ATTEMPT_FIELDS = (
