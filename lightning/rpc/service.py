@@ -36,8 +36,8 @@ from lightning.rpc.rollout_watches import watch_rollouts
 from lightning.rpc.span_sessions import SpanSessions, stream_spans
 from lightning.rpc.streams import OpenStreams
 from lightning.rpc.worker_sessions import worker_session
+from lightning.store.backends import InMemoryLightningStore
 from lightning.store.contract import LightningStore
-from lightning.store.engine import StoreEngine
 from lightning.store.idempotency import request as request_scope
 from lightning.types import WorkerCommand
 
@@ -103,7 +103,8 @@ class StoreService:
         self.store_class = store_class
         self.limits = limits
         self._suspect = suspect
-        self._instant = isinstance(store, StoreEngine) and store.instant
+        # of a class derived from one of ours nothing is known
+        self._instant = type(store) is InMemoryLightningStore and store.instant
         self.instance_id = uuid.uuid4().hex
         self.streams = OpenStreams(limits.max_connection_age)
         self.span_sessions = SpanSessions(
