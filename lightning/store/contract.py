@@ -344,7 +344,8 @@ class LightningStore(ABC):
         Args:
             rollout_ids: The rollouts.
             after_revision: Go on from here: the `progress_revision` of the last event of an earlier watch. What changed
-                since comes first; a state may come again. None: begin with how things are.
+                since comes first; a state may come again, and a rollout that ended and was dropped since is passed
+                over. None: begin with how things are.
 
         Raises:
             ValueError: An id is unknown, or `after_revision` is no revision.

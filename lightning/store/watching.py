@@ -67,15 +67,17 @@ class RolloutWatch:
         records = await self._persistence.get_rollouts(rollout_ids)
         for rollout_id in rollout_ids:
             if rollout_id not in records:
-                if rollout_id not in self._told:
+                if rollout_id not in self._told and not await self._was_dropped(rollout_id):
                     raise await self._unknown(rollout_id)
-                self.pending.discard(
-                    rollout_id
-                )  # it was dropped meanwhile, which only befalls those that ended
+                self.pending.discard(rollout_id)
         return sorted(
             (record for record in records.values() if self._is_news(record)),
             key=lambda record: record.revision,
         )
+
+    async def _was_dropped(self, rollout_id: str) -> bool:
+        """Whether a watch that goes on lost a rollout in between, which only befalls those that ended."""
+        return self._after is not None and await self._persistence.why_gone(rollout_id) is not None
 
     def _is_news(self, record: RolloutRecord) -> bool:
         if lifecycle.is_finished(record):

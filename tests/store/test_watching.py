@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import aclosing
+from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
 
 from lightning.store import InMemoryLightningStore, SQLiteLightningStore
+from lightning.store.contract import UnknownIdError
 from lightning.store.polling import RevisionGoneError
+from lightning.testing import FakeClock
 from lightning.testing.contract.base import until_idle
 from lightning.testing.records import make_span
 
@@ -93,3 +97,30 @@ async def test_a_closed_store_ends_its_watches() -> None:
     await store.close()
     with pytest.raises(RuntimeError, match="closed"):
         await following
+
+
+async def test_a_watch_goes_on_without_those_that_were_dropped_since(tmp_path: Path) -> None:
+    clock = FakeClock()
+    store = SQLiteLightningStore(tmp_path / "store.db", clock=clock, retain="1h")
+    ended, other = await store.start_rollout("first"), await store.start_rollout("second")
+    ids = [ended.rollout_id, other.rollout_id]
+    await store.update_rollout(ended.rollout_id, status="succeeded")
+    async with aclosing(store.watch_rollouts(rollout_ids=ids)) as events:
+        told = [await anext(events) for _ in ids]
+    clock.advance(10_000)
+    with anyio.fail_after(40):
+        while True:
+            if (await store.statistics())["dropped_rollouts"]:
+                break
+            await asyncio.sleep(0.01)
+    await store.update_rollout(other.rollout_id, status="cancelled")
+    after = told[-1].progress_revision
+    watch = store.watch_rollouts(rollout_ids=ids, after_revision=after)
+    assert [(event.rollout.rollout_id, event.rollout.status) async for event in watch] == [
+        (other.rollout_id, "cancelled")
+    ]
+    with pytest.raises(UnknownIdError, match="was dropped"):
+        await anext(store.watch_rollouts(rollout_ids=ids))
+    with pytest.raises(UnknownIdError, match="'never there'"):
+        await anext(store.watch_rollouts(rollout_ids=["never there"], after_revision=after))
+    await store.close()
