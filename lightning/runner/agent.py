@@ -110,7 +110,6 @@ class AgentRunner:
         self.worker_id = f"worker-{uuid.uuid4().hex}" if worker_id is None else worker_id
         self.instance_id = uuid.uuid4().hex
         """Names this runner among those that have the same `worker_id`, before or beside it."""
-        self._claims = Claims(self.store, self.worker_id, self.instance_id)
         self.interrupt_grace = interrupt_grace
         self.threads = BlockingThreads(f"lightning-{self.worker_id}")
         """Where agents that are plain functions run."""
@@ -123,6 +122,13 @@ class AgentRunner:
         self._launch_mode = _launch_mode(heartbeat_launch_mode, self.store)
         self._stop_grace = stop_grace
         self._executions: dict[str, AttemptExecution] = {}
+        self._claims = Claims(
+            self.store,
+            self.worker_id,
+            self.instance_id,
+            known=self._executions.keys(),
+            still_held=self._still_held,
+        )
         self._left_behind: set[asyncio.Future[Any]] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._upkeep: LoopThread | None = None
@@ -310,7 +316,7 @@ class AgentRunner:
                 left = free if self._max_rollouts is None else min(free, self._max_rollouts - begun)
                 claimed = await unless(self._wind_down, self._claims.take(left))
                 if claimed is None:
-                    claimed = await self._claims.unanswered(self._executions, self._still_held)
+                    claimed = await self._claims.unanswered()
                 for rollout in claimed:
                     self._begin(rollout)
                     begun += 1

@@ -27,7 +27,7 @@ async def test_an_idle_runner_waits_for_the_store_and_says_so_once(
     store.away = True
     runner = AgentRunner(store=store, agent=lambda task: 1.0, max_rollouts=1)
     work = asyncio.create_task(runner.run())
-    await store.wait_for_calls("claim_rollouts", 3)
+    await store.wait_for_calls("get_worker_by_id", 2)  # whether the claim came through
     store.away = False
     enqueued = await store.enqueue_rollout("x")
     await asyncio.wait_for(work, DEADLINE_SECONDS)
@@ -42,10 +42,28 @@ async def test_a_claim_that_waits_when_the_store_goes_away_is_repeated(store: Un
     work = asyncio.create_task(runner.run())
     await store.wait_for_calls("claim_rollouts", 1)
     store.away = True
-    await store.wait_for_calls("claim_rollouts", 2)
+    await store.wait_for_calls("get_worker_by_id", 1)
     store.away = False
     await store.enqueue_rollout("x")
     await asyncio.wait_for(work, DEADLINE_SECONDS)
+
+
+async def test_what_a_claim_had_claimed_whose_answer_was_lost_is_executed(store: UnreliableStore) -> None:
+    class LosesAnAnswer(UnreliableStore):
+        async def claim_rollouts(self, **arguments: Any) -> Any:
+            claimed = await self._forward("claim_rollouts", **arguments)
+            if self.calls["claim_rollouts"] == 1:
+                raise ConnectionError("the reply was lost, and so were those to its repeats")
+            return claimed
+
+    executed: list[int] = []
+    for number in range(4):
+        await store.enqueue_rollout(number)
+    runner = AgentRunner(store=LosesAnAnswer(store), agent=executed.append, concurrency=2, max_rollouts=4)
+    await asyncio.wait_for(runner.run(), DEADLINE_SECONDS)
+    assert sorted(executed) == [0, 1, 2, 3]
+    assert {one.status for one in await store.query_rollouts()} == {"succeeded"}
+    assert len(await store.query_attempts((await store.query_rollouts())[0].rollout_id)) == 1
 
 
 async def test_work_goes_on_while_the_store_is_away_and_all_of_it_arrives(store: UnreliableStore) -> None:
