@@ -36,8 +36,8 @@ def serve_store(
         list[str] | None,
         typer.Option(
             metavar="AGE|SIZE",
-            help="Keep finished rollouts in a file only so long ([bold]7d[/], [bold]12h[/]) or while all takes no more "
-            "room ([bold]10GB[/]); give it twice for both.",
+            help="Keep finished rollouts, in a file or in MongoDB, only so long ([bold]7d[/], [bold]12h[/]); in a file "
+            "also while all takes no more room ([bold]10GB[/]); give it twice for both.",
         ),
     ] = None,
     workers: Annotated[
