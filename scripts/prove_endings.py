@@ -288,6 +288,7 @@ def prove(layout: str, ending: Ending) -> float:
 
 def _prove(run: Run, ending: Ending) -> float:
     speaker = run.last if ending.begins.startswith("agent") else run.first
+    run.first.wait_to_say("enqueued")
     speaker.wait_to_say(ending.begins)
     acted = time.monotonic()
     ending.act(run)
@@ -330,7 +331,8 @@ def _check_said(run: Run, ending: Ending) -> None:
 
 
 def _check_left(run: Run, ending: Ending) -> None:
-    left = [path.name for path in (run.folder / "temp").iterdir()]
+    # multiprocessing leaves a folder of its own where the process with its fork server is interrupted while it ends
+    left = [path.name for path in (run.folder / "temp").iterdir() if not path.name.startswith("pymp-")]
     if left:
         raise CellError(f"temporary files are left: {left}")
     with socket.create_server(("127.0.0.1", run.port)):
