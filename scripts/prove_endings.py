@@ -134,7 +134,7 @@ class Run:
                 settings |= {"server_port": self.port, "graceful_timeout": 2.0, "terminate_timeout": 2.0}
                 settings |= {"restart_budget": 1}
             else:
-                settings |= {"graceful_delay": 2.0}
+                settings |= {"graceful_delay": 2.0, "join_timeout": 2.0}
             self.programs.append(Program(self.folder, f"program-{number}", self.mark, settings))
 
     @property
