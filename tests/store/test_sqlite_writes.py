@@ -153,6 +153,20 @@ async def test_a_write_that_fails_halfway_is_undone_alone(backend: SQLitePersist
     assert left == (2,)
 
 
+async def test_what_was_undone_of_a_worker_is_not_remembered(backend: SQLitePersistence) -> None:
+    await backend.insert_rollouts([record("ro-1")])
+    for stats in (b"{}", b"[]"):  # by the second it is known
+        await backend.change_worker("w", lambda worker, stats=stats: worker._replace(heartbeat_stats=stats))
+    with pytest.raises(Refused):
+        await backend.change_rollout(
+            "ro-1",
+            lambda found: found._replace(mode="val"),
+            lambda _, __: [("w", lambda worker: worker._replace(heartbeat_stats=b"half")), ("v", refuse)],
+        )
+    kept = await backend.change_worker("w", lambda worker: worker._replace(last_busy_time=1.0))
+    assert (kept.heartbeat_stats, await backend.get_worker("w")) == (b"[]", kept)
+
+
 async def test_a_caller_that_is_cancelled_disturbs_nobody(backend: SQLitePersistence) -> None:
     async with held_up(backend) as let_go:
         gone = asyncio.create_task(backend.insert_rollouts([record("ro-1")]))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Sequence
+from typing import Any
 
 from lightning.store import lifecycle
 from lightning.store.persistence import sqlite_rows as rows
@@ -28,6 +30,7 @@ from lightning.store.records import (
 )
 
 _LARGEST_INTEGER = 2**63 - 1
+_MAX_KNOWN_WORKERS = 4096
 
 
 def insert_rollouts(
@@ -189,17 +192,30 @@ def insert_resources(session: Session, record: ResourcesRecord) -> bool:
 
 def change_worker(session: Session, worker_id: str, *transitions: WorkerTransition) -> WorkerRecord:
     """See `Persistence.change_worker`; several transitions are made one after another."""
-    connection = session.connection
-    row = select(connection, "worker_by_id", worker_id).fetchone()
-    before = after = WorkerRecord(worker_id) if row is None else rows.read_worker(row)
+    connection, known_workers = session.connection, session.known_workers
+    known = known_workers.get(worker_id) or _read_worker(connection, worker_id)
+    before = after = WorkerRecord(worker_id) if known is None else known[-1]
     for transition in transitions:
         after = transition(after)
-    if row is None:
-        insert(connection, "insert_workers", [(None, worker_id, *rows.worker_values(after))])
+    if known is None:
+        values = rows.worker_values(after)
+        insert(connection, "insert_workers", [(None, worker_id, *values)])
         session.counters.add("workers")
     elif after is not before:
-        ordinal, _, *stored = row
-        leases = stored[-1] if after.leases is before.leases else None
-        values = rows.worker_values(after, leases)
+        ordinal, stored, _ = known
+        values = rows.worker_values(after, stored[-1] if after.leases is before.leases else None)
         update(connection, "worker", rows.WORKER_COLUMNS, stored, values, {"ordinal": ordinal})
+        if len(known_workers) >= _MAX_KNOWN_WORKERS:
+            known_workers.clear()
+        known_workers[worker_id] = ordinal, values, after
     return after
+
+
+def _read_worker(
+    connection: sqlite3.Connection, worker_id: str
+) -> tuple[int, tuple[Any, ...], WorkerRecord] | None:
+    row = select(connection, "worker_by_id", worker_id).fetchone()
+    if row is None:
+        return None
+    ordinal, _, *values = row
+    return ordinal, tuple(values), rows.read_worker(row)

@@ -14,11 +14,12 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from lightning.store.persistence.sqlite_file import as_backend_error
 from lightning.store.persistence.sqlite_statements import select
+from lightning.store.records import WorkerRecord
 
 T = TypeVar("T")
 
@@ -61,6 +62,8 @@ class Session:
 
     connection: sqlite3.Connection
     counters: Counters
+    known_workers: dict[str, tuple[int, tuple[Any, ...], WorkerRecord]] = field(default_factory=dict)
+    """Workers as they stand in the file (ordinal, columns, record), which nobody else writes to."""
 
 
 @contextmanager
@@ -74,6 +77,7 @@ def transaction(session: Session) -> Iterator[None]:
         connection.execute("COMMIT")
     except BaseException:
         counters.undo()
+        session.known_workers.clear()
         if connection.in_transaction:
             connection.execute("ROLLBACK")
         raise
