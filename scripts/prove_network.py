@@ -9,7 +9,7 @@ that was acknowledged may be missing or there twice; 10 minutes of work over con
 second, and delayed, doubled and overtaken by later ones meanwhile, in which everything must happen exactly once; 20,000
 malformed and hostile requests, each of which must get a clear status while an honest client is served and the server's
 memory stays flat; a task input of 16 MB, a query of 100 MB of spans, one wait for 10,000 rollouts, and a burst of 4,000
-connections; the contract suite by mutual TLS with a token over SQLite and over a foreign store.
+connections; the contract suite by mutual TLS with a token over memory, SQLite and a foreign store.
 Exits with 1 if any of this is not so.
 """
 
@@ -198,7 +198,7 @@ async def prove_suites() -> bool:
     output, _ = await pytest.communicate()
     lines = output.decode().splitlines()
     print(
-        "suites: the contract by mutual TLS with a token, over SQLite and over a foreign store: "
+        "suites: the contract by mutual TLS with a token, over memory, SQLite and a foreign store: "
         f"{lines[-1] if lines else 'nothing'} ({time.monotonic() - began:.0f} s)",
         *[line for line in lines if line.startswith(("FAILED", "ERROR"))],
         sep="\n  ",

@@ -22,7 +22,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-from lightning.store.contract import TERMINAL_ATTEMPT_STATUSES, TERMINAL_ROLLOUT_STATUSES, UnknownIdError
+from lightning.store.arguments import unknown_attempt
+from lightning.store.contract import TERMINAL_ATTEMPT_STATUSES, TERMINAL_ROLLOUT_STATUSES
 from lightning.store.records import AttemptRecord, Lease, RolloutRecord, SpanRecord, WorkerRecord
 from lightning.types import AttemptStatus, RolloutStatus, WorkerStatus
 
@@ -118,8 +119,11 @@ def receive_spans(
 
     Raises:
         ValueError: There are no sequence ids left.
+        UnknownIdError: The rollout has no such attempt, or it is called `"latest"`: late spans would get to another.
     """
     attempt = _require_attempt(record, attempt_id)
+    if attempt.attempt_id != attempt_id:
+        raise unknown_attempt(record.rollout_id, attempt_id)
     last = attempt.last_span_sequence_id
     sequence_ids = []
     for span in spans:
@@ -299,7 +303,7 @@ def _require_attempt(record: RolloutRecord, attempt_id: str) -> AttemptRecord:
     if attempt is None:
         if attempt_id == "latest":
             raise ValueError(f"rollout {record.rollout_id!r} has no attempts yet")
-        raise UnknownIdError(f"unknown attempt {attempt_id!r} of rollout {record.rollout_id!r}")
+        raise unknown_attempt(record.rollout_id, attempt_id)
     return attempt
 
 

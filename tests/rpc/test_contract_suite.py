@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from lightning.rpc import LightningStoreClient, LightningStoreServer
-from lightning.rpc.tokens import add_token
 from lightning.store import InMemoryLightningStore
 from lightning.testing import (
     ClockedStoreContractSuite,
@@ -20,7 +19,6 @@ from lightning.testing import (
     RunnerContract,
     StoreContractSuite,
 )
-from tests.rpc.certificates import Authority
 
 
 async def through_grpc(
@@ -58,33 +56,6 @@ class TestClientInRealTime(StoreContractSuite):
     @pytest.fixture
     async def store(self) -> AsyncIterator[LightningStoreClient]:
         async for client in through_grpc(InMemoryLightningStore()):
-            yield client
-
-
-@pytest.fixture(scope="module")
-def credentials(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Options of the server, and of the client."""
-    folder = tmp_path_factory.mktemp("credentials")
-    authority = Authority(folder)
-    token, _ = add_token(folder / "tokens.json", "algorithm", None, 3600)
-    cert, key = authority.issue("client", "client-1")
-    return (
-        authority.server_options(tls_client_ca=authority.file, tokens=folder / "tokens.json"),
-        {"tls_ca": authority.file, "tls_cert": cert, "tls_key": key, "token": token},
-    )
-
-
-class TestClientByTlsWithToken(ClockedStoreContractSuite):
-    """By mutual TLS, and with a token."""
-
-    @pytest.fixture
-    async def store(
-        self, clock: FakeClock, credentials: tuple[dict[str, Any], dict[str, Any]]
-    ) -> AsyncIterator[LightningStoreClient]:
-        server_options, client_options = credentials
-        async for client in through_grpc(
-            InMemoryLightningStore(clock=clock), server_options, **client_options
-        ):
             yield client
 
 

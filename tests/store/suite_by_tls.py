@@ -1,5 +1,4 @@
-"""The contract suite through gRPC by mutual TLS with a token, over SQLite and over a foreign store; over the memory
-store: see `tests/rpc`.
+"""The contract suite through gRPC by mutual TLS with a token: over memory, over SQLite and over a foreign store.
 
 It takes minutes, so pytest does not collect it by itself: `pytest tests/store/suite_by_tls.py`, or
 `scripts/prove_network.py --only suites`. A part of it is in `test_suite_by_tls.py`.
@@ -17,12 +16,21 @@ from plain_store import PlainStore
 from stranger import Stranger
 
 from lightning.rpc import LightningStoreClient, LightningStoreServer
-from lightning.store import SQLiteLightningStore
+from lightning.store import InMemoryLightningStore, SQLiteLightningStore
 from lightning.testing import ClockedStoreContractSuite, FakeClock, ResumedWatchContract
 from lightning.testing.contract import ClockedTheme
 
 Credentials = tuple[dict[str, Any], dict[str, Any]]
 """Options of the server, and of the client."""
+
+
+class OnMemory(ClockedTheme):
+    """Over memory."""
+
+    @pytest.fixture
+    async def store(self, clock: FakeClock, credentials: Credentials) -> AsyncIterator[LightningStoreClient]:
+        async with _client_of(InMemoryLightningStore(clock=clock), credentials) as client:
+            yield client
 
 
 class OnSQLite(ClockedTheme):
@@ -59,6 +67,10 @@ async def _client_of(store: Any, credentials: Credentials) -> AsyncIterator[Ligh
     finally:
         await client.close()
         await server.close()
+
+
+class TestMemoryByTls(OnMemory, ClockedStoreContractSuite, ResumedWatchContract):
+    """All of it."""
 
 
 class TestSQLiteByTls(OnSQLite, ClockedStoreContractSuite, ResumedWatchContract):

@@ -183,7 +183,8 @@ async def test_values_beyond_what_sqlite_holds_are_refused_by_name(backend: SQLi
     await backend.claim_rollouts(1, lambda found, _: lifecycle.begin_attempt(found, "at-1", None, None, 0.0))
     with pytest.raises(ValueError, match="too large to be stored"):
         await backend.change_rollout(
-            "ro-1", lambda found: lifecycle.allocate_span_sequence_ids(found, "at-1", 2**64)
+            "ro-1",
+            lambda found: found._replace(attempts=(found.attempts[0]._replace(last_span_sequence_id=2**64),)),
         )
 
 

@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
-from suite_by_tls import OnForeign, OnSQLite
+from suite_by_tls import OnForeign, OnMemory, OnSQLite
 
-from lightning.testing.contract import RolloutContract, SpanContract, WatchContract
+from lightning.testing.contract import (
+    AttemptContract,
+    QueueContract,
+    ResourcesContract,
+    RolloutContract,
+    SpanContract,
+    WaitingContract,
+    WatchContract,
+)
+
+
+class TestMemoryByTlsInPart(OnMemory, QueueContract, AttemptContract, ResourcesContract, WaitingContract):
+    """Over memory."""
 
 
 class TestSQLiteByTlsInPart(OnSQLite, SpanContract, WatchContract):

@@ -217,6 +217,7 @@ class SpanContract(StoreTheme):
             (UNKNOWN_ROLLOUT, make_span(started, rollout_id=UNKNOWN_ROLLOUT)),
             (UNKNOWN_ATTEMPT, make_span(started, attempt_id=UNKNOWN_ATTEMPT)),
             (other.attempt.attempt_id, make_span(started, attempt_id=other.attempt.attempt_id)),
+            ("latest", make_span(started, attempt_id="latest")),
         ]
         before = await everything(store)
         for mentions, stranger in strangers:
