@@ -170,12 +170,14 @@ class StoreEngine(RecordingVerbs):
         check_worker_id(worker_id)
         attempt_id = id_source("at")
         shared = self._persistence.shared
-        claimed = [] if shared else await self._claimed_before(attempt_id, limit)
+        claimed = [] if shared else await self._claimed_before(attempt_id, range(limit))
         if claimed:
             return claimed
 
         def begin(record: RolloutRecord, taken: int) -> RolloutRecord:
-            return lifecycle.begin_attempt(record, attempt_id(taken), worker_id, instance_id, now)
+            return lifecycle.begin_attempt(
+                record, attempt_id(len(claimed) + taken), worker_id, instance_id, now
+            )
 
         def dequeued(worker: WorkerRecord) -> WorkerRecord:
             return worker._replace(last_dequeue_time=now)
@@ -187,29 +189,35 @@ class StoreEngine(RecordingVerbs):
             return settled if worker_id is None else [(worker_id, dequeued), *settled]
 
         async def claim_and_tell() -> list[RolloutChange]:
-            changes = await self._persistence.claim_rollouts(limit, begin, settle)
+            changes = await self._persistence.claim_rollouts(limit - len(claimed), begin, settle)
             if worker_id is not None and not changes:
                 await self._persistence.change_worker(worker_id, dequeued)
             for change in changes:
                 self._tell(change.before, change.after)
             return changes
 
-        try:
-            changes = await self._complete(claim_and_tell())
-        except AttemptTakenError:
-            changes = []
-        if shared and not changes:  # another server may have had this request first, and its answer got lost
-            return await self._claimed_before(attempt_id, limit)
-        return [change.after.to_attempted_rollout(change.after.attempts[-1]) for change in changes]
+        while True:
+            try:
+                changes = await self._complete(claim_and_tell())
+            except AttemptTakenError:
+                changes = []
+            claimed += [change.after.to_attempted_rollout(change.after.attempts[-1]) for change in changes]
+            if not shared or len(claimed) == limit:
+                return claimed
+            # another server may have had this request first, and its answer got lost; or it has it now
+            by_others = await self._claimed_before(attempt_id, range(len(claimed), limit))
+            if not by_others:
+                return claimed
+            claimed += by_others
 
     async def _claimed_before(
-        self, attempt_id_of: Callable[[int], str], limit: int
-    ) -> Sequence[AttemptedRollout]:
+        self, attempt_id_of: Callable[[int], str], numbers: Iterable[int]
+    ) -> list[AttemptedRollout]:
         """What this request claimed already, if it is a repeat: the attempts it begins have ids of its own."""
         claimed: list[AttemptedRollout] = []
         if current_request() is None:
             return claimed
-        for attempt_id in map(attempt_id_of, range(limit)):
+        for attempt_id in map(attempt_id_of, numbers):
             record = await self._persistence.get_rollout_of_attempt(attempt_id)
             attempt = None if record is None else record.find_attempt(attempt_id)
             if record is None or attempt is None:

@@ -60,6 +60,27 @@ async def test_two_servers_at_once_claim_one_rollout_between_them(
     assert (await stores[0].statistics())["rollouts_by_status"] == {"queuing": 75, "preparing": 25}
 
 
+async def test_it_goes_on_where_the_first_server_stopped(stores: list[MongoLightningStore]) -> None:
+    """That died, say, with a part of what it was to claim."""
+    await stores[0].enqueue_many_rollouts([EnqueueRolloutRequest(input=number) for number in range(10)])
+    first = await claim(stores[0], "a", limit=2)
+    repeated = await claim(stores[1], "a", limit=5)
+    assert ids(repeated)[:2] == ids(first)
+    assert [rollout.input for rollout in repeated] == [0, 1, 2, 3, 4]
+    assert ids(await claim(stores[0], "a", limit=5)) == ids(repeated)
+
+
+async def test_two_servers_at_once_claim_many_between_them(stores: list[MongoLightningStore]) -> None:
+    """Whichever of them the caller hears of has all of them."""
+    await stores[0].enqueue_many_rollouts([EnqueueRolloutRequest(input=number) for number in range(100)])
+    names = [f"request {number}" for number in range(10)]
+    claims = await asyncio.gather(*(claim(store, name, limit=4) for name in names for store in stores))
+    pairs = list(zip(claims[::2], claims[1::2], strict=True))
+    assert [ids(one) for one, _ in pairs] == [ids(other) for _, other in pairs]
+    assert len({one for pair in claims for one in ids(pair)}) == 4 * len(names)
+    assert (await stores[0].statistics())["rollouts_by_status"] == {"queuing": 60, "preparing": 40}
+
+
 async def test_indexes_of_the_version_before_make_room(mongod: Mongod, partition: str) -> None:
     name = f"lightning-{partition[:20]}"
     with pymongo.MongoClient(mongod.uri) as client:
