@@ -25,6 +25,8 @@ class BundleRun:
         self.ended: concurrent.futures.Future[None] = concurrent.futures.Future()
         self.interruptible = False
         """Whether a `KeyboardInterrupt` raised in the main thread now would strike the bundle and nothing else."""
+        self.has_own_thread = False
+        """Whether the thread that it runs in was made for it, and can be left behind if it hangs."""
         self._start = start
         self._lock = threading.Lock()
         self._cancelled = False
@@ -47,6 +49,7 @@ class BundleRun:
 
     def run_in_thread(self, name: str) -> None:
         """Run it in a thread of its own that does not keep the process alive."""
+        self.has_own_thread = True
         threading.Thread(target=self.run, name=name, daemon=True).start()
 
     def cancel(self) -> None:
@@ -94,13 +97,19 @@ class CallerThread:
         return run
 
     def serve(self, job: BundleRun) -> None:
-        """Run what is submitted until `job` has ended. To be called in the caller's thread."""
+        """Run what is submitted until `job` has ended. To be called in the caller's thread.
+
+        Where that has a running event loop, as in a notebook, it can have no second one: a bundle gets a thread of its
+        own then, and the end of the job is not kept by one that hangs.
+        """
         job.ended.add_done_callback(lambda _: self._work.put(None))
         while (run := self._work.get()) is not None:
             self.current = run
-            if _has_running_loop():  # a notebook's: this thread can have no second one
+            if _has_running_loop():
                 run.run_in_thread("lightning-bundle")
-                run.ended.result()
+                concurrent.futures.wait(
+                    (run.ended, job.ended), return_when=concurrent.futures.FIRST_COMPLETED
+                )
             else:
                 run.run()
 

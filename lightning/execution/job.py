@@ -132,13 +132,17 @@ class Job:
         self._loop = None
 
     async def _leave_if_stuck(self) -> None:
-        """Somebody wants this program to end, nothing of the job is left but a bundle that hangs in a call from which
-        not even an interrupt brings it back: end the program without it."""
+        """Nothing of the job is left but a bundle that hangs in a call from which not even an interrupt brings it back:
+        go on without its thread if that is its own; else, if somebody wants this program to end, end it without it."""
         run = self.caller.current
-        if not self._watch.signals or run is None:
+        if run is None or not (run.has_own_thread or self._watch.signals):
             return
         await first_of(run.end(), timeout=_LAST_CHANCE_SECONDS)
-        if not run.ended.done():
+        if run.ended.done():
+            return
+        if run.has_own_thread:
+            logger.warning("a bundle hangs; its thread is left behind")
+        else:
             logger.critical("the program is ended by force: a bundle hangs in the main thread")
             sys.stdout.flush()
             sys.stderr.flush()

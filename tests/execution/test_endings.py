@@ -104,13 +104,25 @@ PROGRAM = """
         print("done")
 
 
+    async def cell():
+        try:
+            execute()
+        except KeyboardInterrupt:
+            print("the cell is interrupted")
+
+
     if __name__ == "__main__":
-        if inside:
+        if inside == "event loop":
+            loop = asyncio.new_event_loop()
+            loop.run_until_complete(cell())
+            print("the loop goes on", loop.run_until_complete(asyncio.sleep(0, True)))
+        elif inside:
             process = multiprocessing.get_context(inside).Process(target=execute)
             process.start()
             process.join()
             sys.exit(process.exitcode)
-        execute()
+        else:
+            execute()
 """
 
 
@@ -191,6 +203,24 @@ def test_a_main_thread_that_hangs_does_not_keep_the_program(program: ProgramStar
     job.process.send_signal(signal.SIGINT)
     job.assert_ends(128 + signal.SIGINT)
     assert "a bundle hangs in the main thread" in job.program.stderr
+
+
+def test_a_bundle_that_hangs_does_not_keep_a_notebook(program: ProgramStart, free_port: int) -> None:
+    """There the bundle has a thread of its own, which can stay behind, so the kernel need not die with it."""
+    job = Job(
+        program,
+        free_port,
+        behaviour="stubborn",
+        inside="event loop",
+        graceful_timeout=0.3,
+        terminate_timeout=0.3,
+    )
+    job.line("algorithm blocks")
+    job.process.send_signal(signal.SIGINT)
+    job.line("the cell is interrupted")
+    job.line("the loop goes on")
+    job.assert_ends(0)
+    assert "its thread is left behind" in job.program.stderr
 
 
 def test_sigterm_ends_everything_in_order(program: ProgramStart, free_port: int) -> None:

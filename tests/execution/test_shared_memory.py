@@ -252,6 +252,32 @@ def test_it_works_where_an_event_loop_runs_already() -> None:
     assert algorithm.statuses == ["succeeded"] * 10
 
 
+def test_a_bundle_that_hangs_does_not_keep_a_running_event_loop(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("lightning.execution.job._LAST_CHANCE_SECONDS", 0.01)
+    blocks, released = threading.Event(), threading.Event()
+
+    async def algorithm(store: LightningStore, event: ExecutionEvent) -> None:
+        blocks.set()
+        released.wait(DEADLINE_SECONDS)
+
+    async def runner(store: LightningStore, worker_id: int, event: ExecutionEvent) -> None:
+        await asyncio.to_thread(blocks.wait, DEADLINE_SECONDS)
+        raise KeyError("of the runner")
+
+    async def cell() -> None:
+        SharedMemoryExecutionStrategy(graceful_delay=0, join_timeout=0).execute(algorithm, runner)
+
+    try:
+        with pytest.raises(KeyError, match="of the runner"):
+            asyncio.run(cell())
+        assert not released.is_set()
+        assert "its thread is left behind" in caplog.text
+    finally:
+        released.set()
+
+
 def test_it_works_in_another_thread() -> None:
     algorithm = Algorithm()
     thread = threading.Thread(target=lambda: SharedMemoryExecutionStrategy().execute(algorithm, work))
