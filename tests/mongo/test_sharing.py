@@ -229,6 +229,20 @@ async def test_spans_from_two_servers_are_numbered_without_gap_and_stored_once(o
     assert len(set(numbers)) == len(numbers)
 
 
+async def test_spans_of_an_attempt_that_began_elsewhere_are_taken(open_store: Opener) -> None:
+    """By the server that had the attempt before."""
+    here, there = await open_store(), await open_store()
+    config = RolloutConfig(max_attempts=2, retry_condition=["failed"])
+    rollout = await here.start_rollout("task", config=config)
+    await here.update_attempt(rollout.rollout_id, rollout.attempt.attempt_id, status="failed")
+    retry = await claim(there)
+    spans = [make_span(retry) for _ in range(2)]
+    assert [await store.add_span(span) for store, span in zip((there, here), spans, strict=True)] == [
+        span.model_copy(update={"sequence_id": number}) for number, span in enumerate(spans, start=1)
+    ]
+    assert await there.add_span(spans[1]) is None
+
+
 async def test_sequence_ids_from_two_servers_are_never_the_same(open_store: Opener) -> None:
     stores = [await open_store(), await open_store()]
     rollout = await stores[0].start_rollout("task")

@@ -193,7 +193,7 @@ class MongoRecords(Generic[RecordT]):
             The record before and after; None if there is none and no `create`.
         """
         async with self._turns.take(record_id):
-            read = self._known.get(record_id)
+            read = self._known.pop(record_id, None)  # a swap remembers it anew; what does not fit is outdated
             if read is not None:
                 change = await self._try(read, transition)
                 if change is not None:
