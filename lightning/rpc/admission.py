@@ -106,7 +106,7 @@ class Admission:
 
     def _check_rate(self, call: Call) -> None:
         rate = self._limits.max_calls_per_second
-        if rate is None or PERMISSIONS.get(call.method) is Permission.OPEN:
+        if rate is None or call.is_carrier or PERMISSIONS.get(call.method) is Permission.OPEN:
             return
         now = time.monotonic()
         burst = max(rate, 1.0)

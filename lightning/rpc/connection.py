@@ -12,9 +12,12 @@ import os
 import random
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from contextlib import suppress
+from functools import cache
 from typing import Any, TypeVar
 
 import grpc.aio
+from google.protobuf.message_factory import GetMessageClass
 from grpc.aio import AioRpcError
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from lightningpb.v1 import store_service_pb2 as pb
@@ -33,6 +36,7 @@ from lightning.rpc.errors import (
     tls_problem,
 )
 from lightning.rpc.options import ClientOptions
+from lightning.rpc.pipeline import GoAlone, Pipeline
 from lightning.rpc.rollout_watches import ClientWatch
 from lightning.rpc.sessions import CommandSession
 from lightning.rpc.span_sender import SpanSender
@@ -40,6 +44,7 @@ from lightning.types import RolloutEvent, WorkerCommand
 
 T = TypeVar("T")
 
+_SERVICE = pb.DESCRIPTOR.services_by_name["LightningStoreService"]
 _HEALTH_SERVICE = "lightningpb.v1.LightningStoreService"
 _STREAM_SPANS = f"/{_HEALTH_SERVICE}/StreamSpans"
 _MIN_PROBE_PAUSE_SECONDS = 0.05
@@ -71,6 +76,10 @@ class Connection:
         self._span_sender: SpanSender | None = None
         self._watches: dict[int, ClientWatch] = {}
         self._watch_keys = itertools.count()
+        self._shown = options.credentials.metadata()
+        self._pipeline = Pipeline(
+            self._thread, lambda: self.stub().Pipeline(), self._shown, self.closed_error
+        )
         self._closed = False
         self._last_failure: AioRpcError | None = None
 
@@ -88,7 +97,16 @@ class Connection:
             StoreUnavailableError: The server stayed away.
             Exception: What the store raised.
         """
-        return await self._run(self._unary(method, request, timeout))
+        self._check_open()
+        data, response_class = request.SerializeToString(), _response_class(method)
+
+        async def attempt() -> Any:
+            if self._pipeline.takes(method, data):
+                with suppress(GoAlone):
+                    return response_class.FromString(await self._pipeline.call(method, data, timeout))
+            return await self._thread.run(self._alone(method, request, timeout))
+
+        return await self.retrying(attempt)
 
     async def collect(self, method: str, request: Any) -> list[Any]:
         """Call a method with a stream of answers, and return them all. Raises as `unary`."""
@@ -140,10 +158,16 @@ class Connection:
         return self._closed
 
     async def _run(self, call: Coroutine[Any, Any, T]) -> T:
-        if self._closed:
+        try:
+            self._check_open()
+        except RuntimeError:
             call.close()
-            raise self.closed_error()
+            raise
         return await self._thread.run(call)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise self.closed_error()
 
     # --- On the loop of gRPC ---
 
@@ -154,7 +178,7 @@ class Connection:
             self._channel = credentials.open_channel(
                 self.endpoint, self.options.channel_options(self.endpoint)
             )
-            bearing: Any = BearerChannel(self._channel, credentials.metadata())
+            bearing: Any = BearerChannel(self._channel, self._shown)
             self._stub = LightningStoreServiceStub(bearing)
             self._stream_spans = bearing.stream_stream(
                 _STREAM_SPANS, response_deserializer=pb.StreamSpansResponse.FromString
@@ -168,12 +192,13 @@ class Connection:
         return self._stream_spans
 
     async def retrying(self, attempt: Callable[[], Awaitable[T]]) -> T:
-        """Do something that may fail because the server is away, and do it again when it is back."""
+        """Do something that may fail because the server is away, and do it again when it is back. On any loop; what is
+        repeated is so on that of gRPC."""
         try:
             try:
                 return await attempt()
             except AioRpcError as error:
-                return await self._retry(attempt, error)
+                return await self._thread.run(self._retry(attempt, error))
         except (asyncio.CancelledError, grpc.aio.UsageError):
             if self._closed:  # which ends calls in flight by the one, and fails new ones by the other
                 raise self.closed_error() from None
@@ -200,9 +225,8 @@ class Connection:
             raise from_status(error, str(self.endpoint))
         self._raise_if_untrusted(error)
 
-    async def _unary(self, method: str, request: Any, timeout: float) -> Any:
-        call = getattr(self.stub(), method)
-        return await self.retrying(lambda: call(request, timeout=timeout))
+    async def _alone(self, method: str, request: Any, timeout: float) -> Any:
+        return await getattr(self.stub(), method)(request, timeout=timeout)
 
     async def _collect(self, method: str, request: Any) -> list[Any]:
         call = getattr(self.stub(), method)
@@ -289,6 +313,7 @@ class Connection:
             watch.close()
         if self._span_sender is not None:
             await self._span_sender.close()
+        await self._pipeline.close()
         channel, self._channel, self._stub, self._health = self._channel, None, None, None
         if channel is not None:
             await channel.close()
@@ -314,3 +339,8 @@ class Connection:
         if self.endpoint.secure:  # the server does not tell why
             return f"{advice} If it asks for a certificate of clients: are tls_cert and tls_key given, and still valid?"
         return f"{advice} If it speaks TLS, the address begins with grpcs://."
+
+
+@cache
+def _response_class(method: str) -> Any:
+    return GetMessageClass(_SERVICE.methods_by_name[method].output_type)

@@ -29,8 +29,9 @@ from typing import Any, NoReturn
 
 from google.protobuf.message import DecodeError
 from grpc import StatusCode
-from grpc.aio import AioRpcError, ServicerContext
+from grpc.aio import AioRpcError, Metadata, ServicerContext
 from lightningpb.v1 import errors_pb2
+from lightningpb.v1 import store_service_pb2 as pb
 
 from lightning.rpc.address import Endpoint
 from lightning.store.broker import BrokerClosed
@@ -128,6 +129,8 @@ _GENERAL = [row for row in reversed(_TABLE) if row.exception is not OverloadedEr
 _BY_REASON = {row.reason: row.exception for row in _GENERAL}
 _BY_STATUS = {row.status: row.exception for row in _GENERAL}
 
+_STATUSES = {status.value[0]: status for status in StatusCode}
+
 _CONNECTION_REASONS = frozenset({errors_pb2.ERROR_REASON_UNAVAILABLE, errors_pb2.ERROR_REASON_DRAINING})
 _CONNECTION_STATUSES = frozenset(
     {StatusCode.UNAVAILABLE, StatusCode.DEADLINE_EXCEEDED, StatusCode.CANCELLED, StatusCode.UNKNOWN}
@@ -197,6 +200,20 @@ def from_status(error: AioRpcError, endpoint: str) -> Exception:
     known = _BY_TYPE.get((detail.reason, detail.exception_type)) or _BY_REASON.get(detail.reason)
     kind = known or _BY_STATUS.get(error.code(), StoreInternalError)
     return kind(detail.message or message)  # type: ignore[return-value]  # none of them is a mere BaseException
+
+
+def to_rpc_error(failure: pb.PipelineResponse.Failure) -> AioRpcError:
+    """How a call failed that came by a pipeline, as if it had been a single one."""
+    status = _STATUSES.get(failure.status_code, StatusCode.UNKNOWN)
+    detail = failure.detail.SerializeToString()
+    return rpc_error(status, failure.message, Metadata((DETAIL_METADATA_KEY, detail)))
+
+
+def rpc_error(
+    status: StatusCode, message: str | None, trailing_metadata: Metadata | None = None
+) -> AioRpcError:
+    """What gRPC raises for a call that failed."""
+    return AioRpcError(status, Metadata(), trailing_metadata or Metadata(), message)
 
 
 def from_detail(detail: errors_pb2.ErrorDetail) -> Exception:

@@ -16,13 +16,16 @@ import grpc
 from grpc.aio import ServicerContext
 
 from lightning.rpc.admission import Admission, Place
-from lightning.rpc.errors import RemoteStoreError, abort, to_failure
+from lightning.rpc.errors import Failure, RemoteStoreError, abort, to_failure
+from lightning.rpc.repeats import Outcome
 from lightning.rpc.security import Caller, Guard
 
 if TYPE_CHECKING:
     Handler = grpc.RpcMethodHandler[Any, Any]
 
 Context = ServicerContext[Any, Any]
+
+_CARRIERS = frozenset({"/lightningpb.v1.LightningStoreService/Pipeline"})
 
 
 @dataclass
@@ -51,6 +54,11 @@ class Call:
     def seconds(self) -> float:
         """How long it has been going on."""
         return time.perf_counter() - self.started
+
+    @property
+    def is_carrier(self) -> bool:
+        """Whether it is a stream of other calls, each of which is received by itself, see `Line`."""
+        return self.method in _CARRIERS
 
     @property
     def client(self) -> str:
@@ -106,6 +114,10 @@ class Reception(grpc.aio.ServerInterceptor):
             return self._refusal(call, error)
         return self._around(handler, call)
 
+    def line(self, context: Context) -> Line:
+        """Where calls come in that share the stream of `context`."""
+        return Line(self._guard, self._admission, self._observers, context, certificates=self._certificates)
+
     def _refusal(self, call: Call, error: RemoteStoreError) -> Handler:
         # as a stream, whatever the method is, for that reads nothing of the request
         async def refuse(_: AsyncIterator[bytes], context: Context) -> None:
@@ -124,9 +136,8 @@ class Reception(grpc.aio.ServerInterceptor):
         send = _counting(call, "sent_bytes", handler.response_serializer, before=False)
 
         def begin(request: Any, context: Context) -> Any:
-            return inner(
-                self._admission.held(request, call) if handler.request_streaming else request, context
-            )
+            held = handler.request_streaming and not call.is_carrier
+            return inner(self._admission.held(request, call) if held else request, context)
 
         async def one_response(request: Any, context: Context) -> Any:
             with self._visit(call, context), await self._admitted(call, context):
@@ -162,6 +173,67 @@ class Reception(grpc.aio.ServerInterceptor):
             await abort(context, to_failure(error))
 
 
+class Line:
+    """Receives the calls that come by one stream, each as if it came by itself. See `Reception.line`."""
+
+    def __init__(
+        self,
+        guard: Guard | None,
+        admission: Admission,
+        observers: Sequence[Observer],
+        context: Context,
+        *,
+        certificates: bool,
+    ) -> None:
+        self._guard = guard
+        self._admission = admission
+        self._observers = observers
+        self._metadata = context.invocation_metadata() or ()
+        self._peer = context.peer()
+        self._certificate_name = _certificate_name(context) if certificates else None
+
+    async def receive(
+        self, method: str, request_bytes: int, answer: Callable[[], Awaitable[Outcome]]
+    ) -> Outcome:
+        """Have a call answered, if it may be and there is room.
+
+        Args:
+            method: The full name of the RPC.
+            request_bytes: The size of the request.
+            answer: Makes the outcome.
+        """
+        call = Call(
+            method,
+            False,
+            peer=self._peer,
+            certificate_name=self._certificate_name,
+            received_bytes=request_bytes,
+        )
+        for observer in self._observers:
+            observer.begun(call)
+        call.code = grpc.StatusCode.CANCELLED  # unless it comes to an end
+        try:
+            outcome = await self._outcome(call, answer)
+            if isinstance(outcome, Failure):
+                call.code = outcome.status
+            else:
+                call.code, call.sent_bytes = grpc.StatusCode.OK, len(outcome)
+            return outcome
+        finally:
+            for observer in self._observers:
+                observer.ended(call)
+
+    async def _outcome(self, call: Call, answer: Callable[[], Awaitable[Outcome]]) -> Outcome:
+        try:
+            if self._guard is not None:
+                call.caller = self._guard.identify(call.method, self._metadata)
+                self._guard.authorize(call.method, call.caller)
+            with self._admission.enter(call):
+                return await answer()
+        except Exception as error:  # noqa: BLE001  # as for a single call, nothing but its outcome is lost
+            return to_failure(error)
+
+
 class _Visit:
     """A call, from when its handler begins until that has ended, however it does."""
 
@@ -179,8 +251,7 @@ class _Visit:
         call = self._call
         call.peer = self._context.peer()
         if self._certificates:
-            names = list(self._context.auth_context().get("x509_common_name", ()))
-            call.certificate_name = names[0].decode("utf-8", "replace") if names else None
+            call.certificate_name = _certificate_name(self._context)
         for observer in self._observers:
             observer.begun(call)
 
@@ -199,6 +270,11 @@ class _Visit:
         """The status that the handler set, if it set one."""
         code: Any = self._context.code()  # gRPC hands out both numbers and members
         return _CODES.get(code, code) if code else otherwise
+
+
+def _certificate_name(context: Context) -> str | None:
+    names = list(context.auth_context().get("x509_common_name", ()))
+    return names[0].decode("utf-8", "replace") if names else None
 
 
 _CODES: dict[Any, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}

@@ -43,7 +43,7 @@ ROLES: Mapping[Role, frozenset[Permission]] = {
 _STORE_SERVICE = {
     Permission.READ: """
         GetRollout GetLatestAttempt GetResources GetLatestResources GetWorker GetStatistics GetServerInfo
-        QueryRollouts QueryAttempts QuerySpans QueryResources QueryWorkers WaitForRollouts WatchRollouts
+        QueryRollouts QueryAttempts QuerySpans QueryResources QueryWorkers WaitForRollouts WatchRollouts Pipeline
     """,
     Permission.WORK: """
         DequeueRollouts UpdateAttempt AddSpans StreamSpans AllocateSpanSequenceIds UpdateWorker SendHeartbeat

@@ -33,6 +33,7 @@ from lightning.rpc.health import Health
 from lightning.rpc.interception import Observer, Reception
 from lightning.rpc.metrics import Metrics
 from lightning.rpc.options import ServerLimits
+from lightning.rpc.pipeline_sessions import pipeline_handler
 from lightning.rpc.security import Guard
 from lightning.rpc.service import SERVED, StoreService
 from lightning.rpc.tls import ServerTls, check_together
@@ -328,7 +329,7 @@ class LightningStoreServer(ForwardingStore):
         )
         options = self._limits.channel_options(share_port=self._share_port)
         server = grpc.aio.server(options=options, interceptors=(reception,))
-        server.add_generic_rpc_handlers(service.generic_handlers())
+        server.add_generic_rpc_handlers((*service.generic_handlers(), pipeline_handler(service, reception)))
         health_pb2_grpc.add_HealthServicer_to_server(checks, server)
         reflection.enable_server_reflection(
             (

@@ -116,6 +116,9 @@ class StoreService:
         self._in_flight = 0
         self._idle = asyncio.Event()
         self._idle.set()
+        self._answers = {
+            name: self._admitted(SERVICE, name, handler) for name, handler in UNARY_HANDLERS.items()
+        }
 
     # --- For the handlers ---
 
@@ -138,6 +141,37 @@ class StoreService:
             return interrupted
         finally:
             self._waiting.discard(task)
+
+    # --- For pipelines ---
+
+    async def answer(self, method: str, data: bytes) -> Outcome:
+        """What comes of a call that came by a pipeline: the RPC's name, without its service, and its request."""
+        answer = self._answers.get(method)
+        if answer is None:
+            return to_failure(
+                NotImplementedError(
+                    f"{SERVICE_NAME} has no RPC {method!r} with one request and one response, and no other goes "
+                    "through a pipeline"
+                )
+            )
+        with self._call():
+            return await answer(data)
+
+    def is_instant(self, method: str, data: bytes) -> bool:
+        """Whether `answer` has this outcome without waiting for anything."""
+        if not self._instant or method == "WaitForRollouts":
+            return False
+        if method != "DequeueRollouts":
+            return True
+        try:
+            return pb.DequeueRolloutsRequest.FromString(data).wait_seconds <= 0
+        except DecodeError:
+            return True
+
+    def refuse_while_draining(self) -> None:
+        """Raises `StoreDrainingError` when no new calls are taken."""
+        if self._drain_reason is not None:
+            raise StoreDrainingError(f"the server is shutting down: {self._drain_reason}")
 
     # --- For the server ---
 
@@ -179,6 +213,21 @@ class StoreService:
     def _unary(
         self, of: ServiceDescriptor, name: str, handler: UnaryHandler
     ) -> grpc.RpcMethodHandler[Any, Any]:
+        answer = self._admitted(of, name, handler)
+
+        async def handle(data: bytes, context: Context) -> bytes:
+            with self._call():
+                outcome = await answer(data)
+                if isinstance(outcome, Failure):
+                    await abort(context, outcome)
+                return outcome
+
+        return grpc.unary_unary_rpc_method_handler(handle)
+
+    def _admitted(
+        self, of: ServiceDescriptor, name: str, handler: UnaryHandler
+    ) -> Callable[[bytes], Awaitable[Outcome]]:
+        """What makes an outcome of a serialised request."""
         request_class = _request_class(of, name)
         changes_something = "request_id" in request_class.DESCRIPTOR.fields_by_name
 
@@ -195,7 +244,7 @@ class StoreService:
 
         async def admit(data: bytes) -> Outcome:
             try:
-                self._refuse_while_draining()
+                self.refuse_while_draining()
                 request = _parse(request_class, data)
             except (StoreDrainingError, ValueError) as error:
                 return to_failure(error)
@@ -212,20 +261,13 @@ class StoreService:
                 key, lambda: run_once(request), abandonable=waits, instant=self._instant and not waits
             )
 
-        async def handle(data: bytes, context: Context) -> bytes:
-            with self._call():
-                outcome = await admit(data)
-                if isinstance(outcome, Failure):
-                    await abort(context, outcome)
-                return outcome
-
-        return grpc.unary_unary_rpc_method_handler(handle)
+        return admit
 
     def _answer(self, name: str, handler: AnswerHandler) -> Callable[..., Awaitable[None]]:
         request_class = _request_class(SERVICE, name)
 
         async def answer(data: bytes) -> AsyncGenerator[bytes, None]:
-            self._refuse_while_draining()
+            self.refuse_while_draining()
             async with aclosing(handler(self, _parse(request_class, data))) as messages:
                 async for message in messages:
                     yield self._serialised(message)
@@ -243,7 +285,7 @@ class StoreService:
                 yield _parse(request_class, data)
 
         async def answer(requests: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:
-            self._refuse_while_draining()
+            self.refuse_while_draining()
             async with aclosing(handler(self, parsed(requests))) as responses:
                 async for response in responses:
                     yield self._serialised(response)
@@ -268,10 +310,6 @@ class StoreService:
                         break
                     await context.write(response)
             await abort(context, failure)
-
-    def _refuse_while_draining(self) -> None:
-        if self._drain_reason is not None:
-            raise StoreDrainingError(f"the server is shutting down: {self._drain_reason}")
 
     def _serialised(self, message: Message) -> bytes:
         data = message.SerializeToString()

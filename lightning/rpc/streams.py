@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Coroutine
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from google.protobuf.message import Message
 from lightningpb.v1 import store_service_pb2 as pb
@@ -76,6 +76,15 @@ class Outbox(Generic[ResponseT]):
         self._queue.put_nowait(None)
 
 
+class Stream(Protocol):
+    """A stream that can be ended from elsewhere."""
+
+    def close(
+        self, reason: pb.CloseReason.ValueType, message: str, last_word: WorkerCommand | None = None
+    ) -> None:
+        """See `Outbox.close`."""
+
+
 class OpenStreams:
     """The streams that are open now, to end them by name, by age, or all at once.
 
@@ -85,18 +94,18 @@ class OpenStreams:
 
     def __init__(self, max_age: float | None = None) -> None:
         self._max_age = max_age
-        self._outboxes: dict[Outbox[Any], asyncio.TimerHandle | None] = {}
-        self._by_key: dict[Any, Outbox[Any]] = {}
+        self._streams: dict[Stream, asyncio.TimerHandle | None] = {}
+        self._by_key: dict[Any, Stream] = {}
 
-    def add(self, outbox: Outbox[Any], key: Any) -> None:
+    def add(self, stream: Stream, key: Any) -> None:
         """A stream opened. An older one of the same `key` (None: it has none) is closed."""
         age = self._max_age
-        self._outboxes[outbox] = (
+        self._streams[stream] = (
             None
             if age is None
             else asyncio.get_running_loop().call_later(
                 age,
-                outbox.close,
+                stream.close,
                 pb.CLOSE_REASON_MAX_AGE,
                 f"the stream was open for {age:g} s; open it again",
             )
@@ -106,19 +115,19 @@ class OpenStreams:
         older = self._by_key.get(key)
         if older is not None:
             older.close(pb.CLOSE_REASON_SUPERSEDED, "the same process opened another stream")
-        self._by_key[key] = outbox
+        self._by_key[key] = stream
 
-    def discard(self, outbox: Outbox[Any], key: Any) -> None:
+    def discard(self, stream: Stream, key: Any) -> None:
         """A stream ended."""
-        timer = self._outboxes.pop(outbox, None)
+        timer = self._streams.pop(stream, None)
         if timer is not None:
             timer.cancel()
-        if self._by_key.get(key) is outbox:
+        if self._by_key.get(key) is stream:
             del self._by_key[key]
 
     def close_all(
         self, reason: pb.CloseReason.ValueType, message: str, last_word: WorkerCommand | None = None
     ) -> None:
         """End all streams, those of workers with a command."""
-        for outbox in list(self._outboxes):
-            outbox.close(reason, message, last_word)
+        for stream in list(self._streams):
+            stream.close(reason, message, last_word)

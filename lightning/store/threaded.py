@@ -11,7 +11,7 @@ import asyncio
 import atexit
 import threading
 import weakref
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
@@ -58,6 +58,12 @@ class LoopThread:
             coroutine.close()
             raise RuntimeError("the store's event loop was stopped")
         return asyncio.run_coroutine_threadsafe(_heeded(coroutine), self._loop)
+
+    def call_soon(self, callback: Callable[[], None]) -> None:
+        """Have `callback` called on this loop. Raises `RuntimeError` if the loop was stopped."""
+        if self.stopped:
+            raise RuntimeError("the store's event loop was stopped")
+        self._loop.call_soon_threadsafe(callback)
 
     async def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Run `coroutine` on this loop, awaited from the caller's; cancelling the one cancels the other."""

@@ -342,7 +342,8 @@ async def test_metrics_tell_what_happened(serve: Any, connect: Any) -> None:
     assert found[f"lightning_call_seconds_count{{{labels}}}"] == 1
     assert found[f"lightning_received_bytes_total{{{labels}}}"] > 100
     assert found[f"lightning_sent_bytes_total{{{labels}}}"] > 0
-    assert found["lightning_streams"] == found["lightning_calls_in_flight"] == 1
+    # the session, and the pipeline by which the client makes its calls
+    assert found["lightning_streams"] == found["lightning_calls_in_flight"] == 2
     assert found["lightning_queue_length"] == 1
     assert found["lightning_oldest_queued_seconds"] == 10
     assert found['lightning_rollouts{status="failed"}'] == 1

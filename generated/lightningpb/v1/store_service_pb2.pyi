@@ -2586,3 +2586,159 @@ class WorkerSessionResponse(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
 Global___WorkerSessionResponse: _TypeAlias = WorkerSessionResponse  # noqa: Y015
+
+@_typing.final
+class PipelineRequest(_message.Message):
+    """See Pipeline."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class Call(_message.Message):
+        """One call."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        CALL_ID_FIELD_NUMBER: _builtins.int
+        METHOD_FIELD_NUMBER: _builtins.int
+        REQUEST_FIELD_NUMBER: _builtins.int
+        call_id: _builtins.int
+        """Names the call among those on this stream that have no answer yet. Chosen by the client."""
+        method: _builtins.str
+        """The name of the RPC, such as "UpdateWorker"."""
+        request: _builtins.bytes
+        """Its request, serialised."""
+        def __init__(
+            self,
+            *,
+            call_id: _builtins.int = ...,
+            method: _builtins.str = ...,
+            request: _builtins.bytes = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["call_id", b"call_id", "method", b"method", "request", b"request"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    CALLS_FIELD_NUMBER: _builtins.int
+    CANCELLED_CALL_IDS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def calls(self) -> _containers.RepeatedCompositeFieldContainer[Global___PipelineRequest.Call]:
+        """Calls to make."""
+
+    @_builtins.property
+    def cancelled_call_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The call_ids of calls in earlier messages that nobody waits for any more. They end before the calls above begin, and are not
+        answered, unless they have been.
+        """
+
+    def __init__(
+        self,
+        *,
+        calls: _abc.Iterable[Global___PipelineRequest.Call] | None = ...,
+        cancelled_call_ids: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["calls", b"calls", "cancelled_call_ids", b"cancelled_call_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PipelineRequest: _TypeAlias = PipelineRequest  # noqa: Y015
+
+@_typing.final
+class PipelineResponse(_message.Message):
+    """See Pipeline."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class Failure(_message.Message):
+        """How a call failed: what a single call says by its status and its trailing metadata."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        STATUS_CODE_FIELD_NUMBER: _builtins.int
+        MESSAGE_FIELD_NUMBER: _builtins.int
+        DETAIL_FIELD_NUMBER: _builtins.int
+        status_code: _builtins.int
+        """The number of the gRPC status code."""
+        message: _builtins.str
+        """The status message."""
+        @_builtins.property
+        def detail(self) -> _errors_pb2.ErrorDetail:
+            """The details."""
+
+        def __init__(
+            self,
+            *,
+            status_code: _builtins.int = ...,
+            message: _builtins.str = ...,
+            detail: _errors_pb2.ErrorDetail | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["detail", b"detail"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["detail", b"detail", "message", b"message", "status_code", b"status_code"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class Outcome(_message.Message):
+        """What became of one call."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        CALL_ID_FIELD_NUMBER: _builtins.int
+        RESPONSE_FIELD_NUMBER: _builtins.int
+        FAILURE_FIELD_NUMBER: _builtins.int
+        TOO_LARGE_FIELD_NUMBER: _builtins.int
+        call_id: _builtins.int
+        """Which call."""
+        response: _builtins.bytes
+        """With this response, serialised."""
+        too_large: _builtins.bool
+        """With a response that is too large to hold up the others: make the call by itself, with the same request_id."""
+        @_builtins.property
+        def failure(self) -> Global___PipelineResponse.Failure:
+            """It failed."""
+
+        def __init__(
+            self,
+            *,
+            call_id: _builtins.int = ...,
+            response: _builtins.bytes = ...,
+            failure: Global___PipelineResponse.Failure | None = ...,
+            too_large: _builtins.bool = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "outcome", b"outcome", "response", b"response", "too_large", b"too_large"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["call_id", b"call_id", "failure", b"failure", "outcome", b"outcome", "response", b"response", "too_large", b"too_large"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        _WhichOneofReturnType_outcome: _TypeAlias = _typing.Literal["response", "failure", "too_large"]  # noqa: Y015
+        _WhichOneofArgType_outcome: _TypeAlias = _typing.Literal["outcome", b"outcome"]  # noqa: Y015
+        def WhichOneof(self, oneof_group: _WhichOneofArgType_outcome) -> _WhichOneofReturnType_outcome | None: ...
+
+    OUTCOMES_FIELD_NUMBER: _builtins.int
+    CLOSING_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def outcomes(self) -> _containers.RepeatedCompositeFieldContainer[Global___PipelineResponse.Outcome]:
+        """Calls that have ended, in any order."""
+
+    @_builtins.property
+    def closing(self) -> Global___StreamClosing:
+        """The server is about to end the stream."""
+
+    def __init__(
+        self,
+        *,
+        outcomes: _abc.Iterable[Global___PipelineResponse.Outcome] | None = ...,
+        closing: Global___StreamClosing | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["closing", b"closing"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["closing", b"closing", "outcomes", b"outcomes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PipelineResponse: _TypeAlias = PipelineResponse  # noqa: Y015

@@ -180,6 +180,11 @@ class LightningStoreServiceStub(object):
                 request_serializer=lightningpb_dot_v1_dot_store__service__pb2.WorkerSessionRequest.SerializeToString,
                 response_deserializer=lightningpb_dot_v1_dot_store__service__pb2.WorkerSessionResponse.FromString,
                 _registered_method=True)
+        self.Pipeline = channel.stream_stream(
+                '/lightningpb.v1.LightningStoreService/Pipeline',
+                request_serializer=lightningpb_dot_v1_dot_store__service__pb2.PipelineRequest.SerializeToString,
+                response_deserializer=lightningpb_dot_v1_dot_store__service__pb2.PipelineResponse.FromString,
+                _registered_method=True)
 
 
 class LightningStoreServiceServicer(object):
@@ -428,6 +433,21 @@ class LightningStoreServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Pipeline(self, request_iterator, context):
+        """Carries many calls on one stream, which costs client and server a fraction of what as many single calls do. Called by clients
+        that make many at once, for as long as they run; one stream for each connection. It takes any RPC of this service that has one
+        request and one response. Every call is let in, limited, run and answered as if it came by itself, in whatever order the
+        answers are ready. A call whose request is larger than some 64 KiB is better made by itself: it would hold up the others.
+
+        When the stream breaks, it is unknown what became of the calls that were not answered: make them again with the same request_id.
+        When the server is about to end the stream it sends `closing`, and goes on to answer: the client makes further calls on another
+        stream, and ends its side of this one when it has all answers. INVALID_ARGUMENT: a call_id is in use. RESOURCE_EXHAUSTED: there
+        is no room for another stream, or for more calls on this one.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_LightningStoreServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -575,6 +595,11 @@ def add_LightningStoreServiceServicer_to_server(servicer, server):
                     servicer.WorkerSession,
                     request_deserializer=lightningpb_dot_v1_dot_store__service__pb2.WorkerSessionRequest.FromString,
                     response_serializer=lightningpb_dot_v1_dot_store__service__pb2.WorkerSessionResponse.SerializeToString,
+            ),
+            'Pipeline': grpc.stream_stream_rpc_method_handler(
+                    servicer.Pipeline,
+                    request_deserializer=lightningpb_dot_v1_dot_store__service__pb2.PipelineRequest.FromString,
+                    response_serializer=lightningpb_dot_v1_dot_store__service__pb2.PipelineResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -1361,6 +1386,33 @@ class LightningStoreService(object):
             '/lightningpb.v1.LightningStoreService/WorkerSession',
             lightningpb_dot_v1_dot_store__service__pb2.WorkerSessionRequest.SerializeToString,
             lightningpb_dot_v1_dot_store__service__pb2.WorkerSessionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Pipeline(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/lightningpb.v1.LightningStoreService/Pipeline',
+            lightningpb_dot_v1_dot_store__service__pb2.PipelineRequest.SerializeToString,
+            lightningpb_dot_v1_dot_store__service__pb2.PipelineResponse.FromString,
             options,
             channel_credentials,
             insecure,

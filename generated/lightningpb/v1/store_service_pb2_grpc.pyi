@@ -163,6 +163,17 @@ class LightningStoreServiceStub:
     when the next does not follow within that heartbeat's silent_after_seconds. INVALID_ARGUMENT: the first message was not Hello, or a
     heartbeat is another worker's. NOT_FOUND: a heartbeat names an attempt that does not exist.
     """
+    Pipeline: _grpc.StreamStreamMultiCallable[_store_service_pb2.PipelineRequest, _store_service_pb2.PipelineResponse]
+    """Carries many calls on one stream, which costs client and server a fraction of what as many single calls do. Called by clients
+    that make many at once, for as long as they run; one stream for each connection. It takes any RPC of this service that has one
+    request and one response. Every call is let in, limited, run and answered as if it came by itself, in whatever order the
+    answers are ready. A call whose request is larger than some 64 KiB is better made by itself: it would hold up the others.
+
+    When the stream breaks, it is unknown what became of the calls that were not answered: make them again with the same request_id.
+    When the server is about to end the stream it sends `closing`, and goes on to answer: the client makes further calls on another
+    stream, and ends its side of this one when it has all answers. INVALID_ARGUMENT: a call_id is in use. RESOURCE_EXHAUSTED: there
+    is no room for another stream, or for more calls on this one.
+    """
 
 @_typing.type_check_only
 class LightningStoreServiceAsyncStub(LightningStoreServiceStub):
@@ -284,6 +295,17 @@ class LightningStoreServiceAsyncStub(LightningStoreServiceStub):
     was cancelled meanwhile is in the answer to the next heartbeat. A session in which a heartbeat has come is closed, as SILENT,
     when the next does not follow within that heartbeat's silent_after_seconds. INVALID_ARGUMENT: the first message was not Hello, or a
     heartbeat is another worker's. NOT_FOUND: a heartbeat names an attempt that does not exist.
+    """
+    Pipeline: _aio.StreamStreamMultiCallable[_store_service_pb2.PipelineRequest, _store_service_pb2.PipelineResponse]  # type: ignore[assignment]
+    """Carries many calls on one stream, which costs client and server a fraction of what as many single calls do. Called by clients
+    that make many at once, for as long as they run; one stream for each connection. It takes any RPC of this service that has one
+    request and one response. Every call is let in, limited, run and answered as if it came by itself, in whatever order the
+    answers are ready. A call whose request is larger than some 64 KiB is better made by itself: it would hold up the others.
+
+    When the stream breaks, it is unknown what became of the calls that were not answered: make them again with the same request_id.
+    When the server is about to end the stream it sends `closing`, and goes on to answer: the client makes further calls on another
+    stream, and ends its side of this one when it has all answers. INVALID_ARGUMENT: a call_id is in use. RESOURCE_EXHAUSTED: there
+    is no room for another stream, or for more calls on this one.
     """
 
 class LightningStoreServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -577,6 +599,23 @@ class LightningStoreServiceServicer(metaclass=_abc_1.ABCMeta):
         was cancelled meanwhile is in the answer to the next heartbeat. A session in which a heartbeat has come is closed, as SILENT,
         when the next does not follow within that heartbeat's silent_after_seconds. INVALID_ARGUMENT: the first message was not Hello, or a
         heartbeat is another worker's. NOT_FOUND: a heartbeat names an attempt that does not exist.
+        """
+
+    @_abc_1.abstractmethod
+    def Pipeline(
+        self,
+        request_iterator: _MaybeAsyncIterator[_store_service_pb2.PipelineRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_store_service_pb2.PipelineResponse], _abc.AsyncIterator[_store_service_pb2.PipelineResponse]]:
+        """Carries many calls on one stream, which costs client and server a fraction of what as many single calls do. Called by clients
+        that make many at once, for as long as they run; one stream for each connection. It takes any RPC of this service that has one
+        request and one response. Every call is let in, limited, run and answered as if it came by itself, in whatever order the
+        answers are ready. A call whose request is larger than some 64 KiB is better made by itself: it would hold up the others.
+
+        When the stream breaks, it is unknown what became of the calls that were not answered: make them again with the same request_id.
+        When the server is about to end the stream it sends `closing`, and goes on to answer: the client makes further calls on another
+        stream, and ends its side of this one when it has all answers. INVALID_ARGUMENT: a call_id is in use. RESOURCE_EXHAUSTED: there
+        is no room for another stream, or for more calls on this one.
         """
 
 def add_LightningStoreServiceServicer_to_server(servicer: LightningStoreServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -1,0 +1,179 @@
+"""The server's side of a pipeline: calls that share a stream, each received and answered as if it came by itself."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Sequence
+from functools import partial
+from typing import Any
+
+import grpc
+from google.protobuf.message import DecodeError
+from grpc.aio import ServicerContext
+from lightningpb.v1 import errors_pb2
+from lightningpb.v1 import store_service_pb2 as pb
+
+from lightning.rpc.errors import Failure, OverloadedError, RemoteStoreError, abort, to_failure
+from lightning.rpc.interception import Reception
+from lightning.rpc.repeats import Outcome
+from lightning.rpc.service import SERVICE_NAME, StoreService
+from lightning.types import WorkerCommand
+
+logger = logging.getLogger(__name__)
+
+Context = ServicerContext[Any, Any]
+
+_SHARED_RESPONSE_BYTES = 256 * 1024
+"""A response that is larger has to be asked for by a call of its own: it would hold up the others."""
+_MESSAGE_BYTES = 512 * 1024
+"""Of responses, in one message, roughly."""
+_UNSENT_BYTES = 8 * 1024 * 1024
+"""With so much unsent, for the client does not read, no further calls are taken from it."""
+_CANCELLATION_SECONDS = 1.0
+"""A store that does not let go of a call by then holds up no others."""
+_MAX_CALLS = 65_536
+"""Under way at once on one stream."""
+
+
+def pipeline_handler(service: StoreService, reception: Reception) -> grpc.GenericRpcHandler:
+    """The RPC `Pipeline`, for `grpc.aio.Server.add_generic_rpc_handlers`."""
+
+    async def handle(requests: AsyncIterator[bytes], context: Context) -> None:
+        session = _Session(service, reception, context)
+        try:
+            service.refuse_while_draining()
+            await session.run(requests)
+        except (RemoteStoreError, ValueError) as error:
+            await abort(context, to_failure(error))
+
+    handler: grpc.RpcMethodHandler[Any, Any] = grpc.stream_stream_rpc_method_handler(handle)
+    return grpc.method_handlers_generic_handler(SERVICE_NAME, {"Pipeline": handler})
+
+
+class _Session:
+    """One stream."""
+
+    def __init__(self, service: StoreService, reception: Reception, context: Context) -> None:
+        self._service = service
+        self._line = reception.line(context)
+        self._context = context
+        self._tasks: dict[int, asyncio.Task[None]] = {}
+        self._unsent: list[pb.PipelineResponse.Outcome] = []
+        self._unsent_bytes = 0
+        self._closing: pb.StreamClosing | None = None
+        self._writer: asyncio.Task[None] | None = None
+
+    async def run(self, requests: AsyncIterator[bytes]) -> None:
+        """Answer calls until the client has made its last.
+
+        Raises:
+            ValueError: What came is no request, or names two calls alike.
+            OverloadedError: Too many calls are under way.
+        """
+        self._service.streams.add(self, None)
+        try:
+            async for data in requests:
+                await self._take(_parse(data))
+                while self._unsent_bytes > _UNSENT_BYTES and self._writer is not None:
+                    await asyncio.shield(self._writer)
+            while self._tasks:
+                await asyncio.wait(self._tasks.values())
+            if self._writer is not None:
+                await self._writer
+        finally:
+            self._service.streams.discard(self, None)
+            left = [*self._tasks.values(), *([] if self._writer is None else [self._writer])]
+            for task in left:
+                task.cancel()
+            await asyncio.gather(*left, return_exceptions=True)
+
+    def close(
+        self, reason: pb.CloseReason.ValueType, message: str, last_word: WorkerCommand | None = None
+    ) -> None:
+        """Tell the client to make further calls elsewhere. It ends the stream when it has its answers."""
+        self._closing = pb.StreamClosing(reason=reason, message=message)
+        self._write()
+
+    async def _take(self, message: pb.PipelineRequest) -> None:
+        await self._cancel(message.cancelled_call_ids)
+        for call in message.calls:
+            call_id, method, request = call.call_id, call.method, call.request
+            if call_id in self._tasks:
+                raise ValueError(f"call_id {call_id} names a call that is under way")
+            if self._service.is_instant(method, request):
+                await self._serve(call_id, method, request)
+                continue
+            if len(self._tasks) >= _MAX_CALLS:
+                raise OverloadedError(f"{_MAX_CALLS} calls are under way on this stream already")
+            task = asyncio.get_running_loop().create_task(self._serve(call_id, method, request))
+            self._tasks[call_id] = task
+            task.add_done_callback(partial(self._forget, call_id))
+
+    async def _cancel(self, call_ids: Sequence[int]) -> None:
+        """End calls before others begin: a claim that nobody waits for must not get what is enqueued next."""
+        cancelled = [self._tasks[call_id] for call_id in call_ids if call_id in self._tasks]
+        for task in cancelled:
+            task.cancel()
+        if cancelled:
+            await asyncio.wait(cancelled, timeout=_CANCELLATION_SECONDS)
+
+    async def _serve(self, call_id: int, method: str, request: bytes) -> None:
+        outcome = await self._line.receive(
+            f"/{SERVICE_NAME}/{method}", len(request), partial(self._service.answer, method, request)
+        )
+        encoded = _outcome(call_id, outcome)
+        self._unsent.append(encoded)
+        self._unsent_bytes += len(encoded.response)
+        self._write()
+
+    def _forget(self, call_id: int, _: asyncio.Task[None]) -> None:
+        del self._tasks[call_id]
+
+    def _write(self) -> None:
+        if self._writer is None:
+            self._writer = asyncio.get_running_loop().create_task(self._write_all())
+
+    async def _write_all(self) -> None:
+        """Send what is unsent. While one message is on its way, what is to be in the next comes together."""
+        try:
+            while self._unsent or self._closing is not None:
+                message = pb.PipelineResponse(outcomes=self._next_outcomes(), closing=self._closing)
+                self._closing = None
+                await self._context.write(message.SerializeToString())
+        except grpc.aio.BaseError as error:  # the client is gone, which ends what reads from it as well
+            logger.debug("a pipeline broke: %s", error)
+        finally:
+            self._writer = None
+
+    def _next_outcomes(self) -> list[pb.PipelineResponse.Outcome]:
+        count = size_bytes = 0
+        for outcome in self._unsent:
+            if size_bytes > _MESSAGE_BYTES:
+                break
+            size_bytes += len(outcome.response)
+            count += 1
+        outcomes = self._unsent[:count]
+        del self._unsent[:count]
+        self._unsent_bytes -= size_bytes
+        return outcomes
+
+
+def _parse(data: bytes) -> pb.PipelineRequest:
+    try:
+        return pb.PipelineRequest.FromString(data)
+    except DecodeError:
+        raise ValueError("the request is not a lightningpb.v1.PipelineRequest") from None
+
+
+def _outcome(call_id: int, outcome: Outcome) -> pb.PipelineResponse.Outcome:
+    if not isinstance(outcome, Failure):
+        if len(outcome) > _SHARED_RESPONSE_BYTES:
+            return pb.PipelineResponse.Outcome(call_id=call_id, too_large=True)
+        return pb.PipelineResponse.Outcome(call_id=call_id, response=outcome)
+    failure = pb.PipelineResponse.Failure(
+        status_code=outcome.status.value[0],
+        message=outcome.message,
+        detail=errors_pb2.ErrorDetail.FromString(outcome.detail),
+    )
+    return pb.PipelineResponse.Outcome(call_id=call_id, failure=failure)
