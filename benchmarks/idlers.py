@@ -17,9 +17,9 @@ from typing import Any
 
 import lightning
 from lightning.runner import system_snapshot
+from lightning.runner.agent import COMMAND_WAIT_SECONDS
+from lightning.runner.claiming import CLAIM_WAIT_SECONDS
 from lightning.types import WorkerHeartbeat
-
-_WAIT_SECONDS = 30.0
 
 
 class IdleWorker:
@@ -67,11 +67,11 @@ class IdleWorker:
 
     async def _claim(self) -> None:
         while True:
-            await self._client.claim_rollouts(timeout=_WAIT_SECONDS, **self._who)
+            await self._client.claim_rollouts(timeout=CLAIM_WAIT_SECONDS, **self._who)
 
     async def _listen(self) -> None:
         while True:
-            await self._client.receive_commands(timeout=_WAIT_SECONDS, **self._who)
+            await self._client.receive_commands(timeout=COMMAND_WAIT_SECONDS, **self._who)
 
 
 async def main(address: str, count: int, interval: float) -> None:

@@ -61,7 +61,7 @@ def parts(minutes: float | None = None) -> dict[str, Part]:
         ),
         "idle": Part(
             "a thousand connected workers without work",
-            lambda step: idle.measure(1000, 40.0, step),
+            lambda step: idle.measure(1000, 60.0, step),
             lambda step: idle.measure(50, 2.0, step),
         ),
         "engines": Part(

@@ -20,6 +20,9 @@ _LARGEST_MESSAGE_BYTES = 2**31 - 1
 _KEEPALIVE_INTERVAL_MS = 5_000
 _KEEPALIVE_TIMEOUT_MS = 4_000
 """Both together are less than the interval of a worker's heartbeats: so soon a dead connection is noticed."""
+_KEEPALIVE_HEAD_START_MS = 500
+"""So much later than a client a server pings, and so much shorter it waits for the answer: whatever arrives puts its
+ping off, so that where clients ping it only answers."""
 _MIN_PING_INTERVAL_MS = 2_000
 """How often a client may ping before the server takes it for a nuisance."""
 
@@ -57,7 +60,7 @@ class ClientOptions:
         """The arguments of a channel to `endpoint`."""
         return (
             *_message_limits(self.max_message_bytes),
-            *_keepalive(),
+            *_keepalive(_KEEPALIVE_INTERVAL_MS, _KEEPALIVE_TIMEOUT_MS),
             ("grpc.initial_reconnect_backoff_ms", _INITIAL_RECONNECT_MS),
             ("grpc.max_reconnect_backoff_ms", _MAX_RECONNECT_MS),
             # despite its name: how long one attempt to connect may take
@@ -117,7 +120,10 @@ class ServerLimits:
             *_message_limits(self.max_message_bytes),
             # unless several are asked for, a second server would start silently on the same port
             ("grpc.so_reuseport", int(share_port)),
-            *_keepalive(),
+            *_keepalive(
+                _KEEPALIVE_INTERVAL_MS + _KEEPALIVE_HEAD_START_MS,
+                _KEEPALIVE_TIMEOUT_MS - _KEEPALIVE_HEAD_START_MS,
+            ),
             ("grpc.http2.min_ping_interval_without_data_ms", _MIN_PING_INTERVAL_MS),
             ("grpc.server.max_pending_requests", _MAX_PENDING_CALLS),
             ("grpc.server.max_pending_requests_hard_limit", 2 * _MAX_PENDING_CALLS),
@@ -146,12 +152,12 @@ def _message_limits(max_message_bytes: int) -> ChannelOptions:
     )
 
 
-def _keepalive() -> ChannelOptions:
+def _keepalive(interval_ms: int, timeout_ms: int) -> ChannelOptions:
     return (
-        ("grpc.keepalive_time_ms", _KEEPALIVE_INTERVAL_MS),
-        ("grpc.keepalive_timeout_ms", _KEEPALIVE_TIMEOUT_MS),
+        ("grpc.keepalive_time_ms", interval_ms),
+        ("grpc.keepalive_timeout_ms", timeout_ms),
         # without this it is a minute, whatever the line above says: keepalive's pings are timed like any other
-        ("grpc.http2.ping_timeout_ms", _KEEPALIVE_TIMEOUT_MS),
+        ("grpc.http2.ping_timeout_ms", timeout_ms),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.max_pings_without_data", 0),
     )

@@ -13,8 +13,8 @@ from lightning.types import AttemptedRollout, AttemptRef
 
 logger = logging.getLogger(__name__)
 
-CLAIM_WAIT_SECONDS = 30.0
-"""How long one call waits at the store for work; the next follows at once."""
+CLAIM_WAIT_SECONDS = 60.0
+"""How long one call waits at the store for work; the next follows at once. Servers hold none longer by default."""
 _RECOVERY_SECONDS = 1.0
 _DOUBT_SECONDS = 30.0
 """How long after a call failed its server may still be at it: it claims until it has found the connection dead."""

@@ -48,6 +48,7 @@ async def test_both_sides_notice_that_a_connection_is_dead(
     """Nothing arrives any more, and nobody hangs up: as when a cable is cut, or a machine has lost its power."""
     monkeypatch.setattr(options, "_KEEPALIVE_INTERVAL_MS", 300)
     monkeypatch.setattr(options, "_KEEPALIVE_TIMEOUT_MS", 300)
+    monkeypatch.setattr(options, "_KEEPALIVE_HEAD_START_MS", 50)
     monkeypatch.setattr(options, "_MIN_PING_INTERVAL_MS", 100)
     store = Listening()
     proxy = TcpProxy((await serve(store)).port)
@@ -73,6 +74,7 @@ def test_a_dead_connection_is_noticed_between_two_heartbeats() -> None:
     noticed_ms = options._KEEPALIVE_INTERVAL_MS + options._KEEPALIVE_TIMEOUT_MS
     assert noticed_ms < 10_000  # the default interval
     assert options._MIN_PING_INTERVAL_MS < options._KEEPALIVE_INTERVAL_MS
+    assert 0 < options._KEEPALIVE_HEAD_START_MS < options._KEEPALIVE_TIMEOUT_MS
 
 
 async def test_clients_do_not_mind_that_connections_grow_old(
