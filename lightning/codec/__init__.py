@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from lightning.codec.attributes import MAX_ATTRIBUTE_DEPTH, read_attributes, write_attributes
 from lightning.codec.batches import batch_request
-from lightning.codec.building import build, decode_object, encode_object
+from lightning.codec.building import DecodedLater, build, decode_many, decode_object, encode_object
 from lightning.codec.enums import (
     ATTEMPT_STATUS,
     FILTER_LOGIC,
@@ -52,10 +52,8 @@ from lightning.codec.rollouts import (
 )
 from lightning.codec.spans import (
     check_span,
-    copy_span,
     decode_span,
     encode_span,
-    numbered,
     span_from_proto,
     span_to_proto,
 )
@@ -83,6 +81,7 @@ __all__ = [
     "SORT_ORDER",
     "SPAN_STATUS_CODE",
     "WORKER_STATUS",
+    "DecodedLater",
     "EnumTable",
     "attempt_changes_from_proto",
     "attempt_changes_to_proto",
@@ -98,7 +97,7 @@ __all__ = [
     "command_to_proto",
     "config_from_proto",
     "config_to_proto",
-    "copy_span",
+    "decode_many",
     "decode_object",
     "decode_span",
     "encode_object",
@@ -109,7 +108,6 @@ __all__ = [
     "heartbeat_to_proto",
     "mode_from_proto",
     "mode_to_proto",
-    "numbered",
     "page_from_proto",
     "page_info_to_proto",
     "page_to_proto",

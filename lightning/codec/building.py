@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache, cached_property
+from typing import Any, TypeVar, overload
 
 from google.protobuf.message import Message
 from pydantic import BaseModel
@@ -11,8 +14,16 @@ from lightning.types import decode_payload, encode_payload
 
 MessageT = TypeVar("MessageT", bound=Message)
 ModelT = TypeVar("ModelT", bound=BaseModel)
+ItemT = TypeVar("ItemT")
+SourceT = TypeVar("SourceT")
 
-_set = object.__setattr__
+_BURST = 1000
+"""How many are decoded before the garbage collector has its turn."""
+
+_slots: Any = BaseModel
+_set_fields_set = _slots.__pydantic_fields_set__.__set__
+_set_extra = _slots.__pydantic_extra__.__set__
+_set_private = _slots.__pydantic_private__.__set__
 
 
 def build(kind: type[MessageT], **fields: Any) -> MessageT:
@@ -50,11 +61,78 @@ def construct(model: type[ModelT], fields: dict[str, Any], extra: dict[str, Any]
     need not look for defaults.
     """
     record = model.__new__(model)
-    _set(record, "__dict__", fields)
-    _set(record, "__pydantic_fields_set__", set(fields))
-    _set(record, "__pydantic_extra__", extra)
-    _set(record, "__pydantic_private__", None)
+    object.__setattr__(record, "__dict__", fields)
+    _set_fields_set(record, _all_fields(model))
+    _set_extra(record, extra)
+    _set_private(record, None)
     return record
+
+
+@cache
+def _all_fields(model: type[BaseModel]) -> set[str]:
+    """Which fields of a complete record were set. One set for all: to set a field again adds nothing to it."""
+    return set(model.model_fields)
+
+
+def decode_many(decode: Callable[[SourceT], ItemT], encoded: Sequence[SourceT]) -> list[ItemT]:
+    """`decode` each, with the garbage collector at rest meanwhile.
+
+    All that is made here stays, yet every few hundred objects the collector would look at the new ones, and at older
+    ones again and again, which takes longer than making them. Threads may overlap in this: whoever finds the collector
+    at rest leaves it so, and whoever put it there wakes it.
+    """
+    records: list[ItemT] = []
+    for first in range(0, len(encoded), _BURST):
+        awake = gc.isenabled()
+        gc.disable()
+        try:
+            records.extend(map(decode, encoded[first : first + _BURST]))
+        finally:
+            if awake:
+                gc.enable()
+    return records
+
+
+class DecodedLater(Sequence[ItemT]):
+    """What is often returned and seldom looked at: items that are decoded when somebody does look.
+
+    Equal to any sequence of equal items.
+
+    Args:
+        decode: Makes an item.
+        encoded: What each is made of; nobody changes it any more.
+    """
+
+    def __init__(self, decode: Callable[[SourceT], ItemT], encoded: Sequence[SourceT]) -> None:
+        self._decode: Callable[[Any], ItemT] = decode
+        self._encoded = encoded
+
+    @cached_property
+    def _items(self) -> list[ItemT]:
+        return decode_many(self._decode, self._encoded)
+
+    def __len__(self) -> int:
+        return len(self._encoded)
+
+    @overload
+    def __getitem__(self, index: int) -> ItemT: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[ItemT]: ...
+    def __getitem__(self, index: int | slice) -> ItemT | Sequence[ItemT]:
+        return self._items[index]
+
+    def __iter__(self) -> Iterator[ItemT]:
+        return iter(self._items)
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, Sequence) and not isinstance(other, str | bytes):
+            return self._items == list(other)
+        return NotImplemented
+
+    __hash__ = None  # type: ignore[assignment]  # as a list
+
+    def __repr__(self) -> str:
+        return repr(self._items)
 
 
 def encode_object(value: Any, name: str) -> bytes | None:

@@ -285,16 +285,16 @@ class LightningStoreClient(RemoteReads):
 
     async def add_many_spans(self, spans: Sequence[Span]) -> Sequence[Span]:
         messages = [codec.span_to_proto(span) for span in spans]
-        # what any later query will return; made now, for the caller may change its spans meanwhile
-        copies = [
-            codec.copy_span(span) or codec.span_from_proto(message)
-            for span, message in zip(spans, messages, strict=True)
-        ]
         receipts: list[span_pb2.SpanReceipt] = []
         for batch in _batches(messages):
             request = pb.AddSpansRequest(request_id=_new_id(), spans=batch)
             receipts.extend((await self._call("AddSpans", request)).receipts)
-        return codec.numbered(copies, receipts)
+        stored = []
+        for message, receipt in zip(messages, receipts, strict=True):
+            if receipt.stored:
+                message.sequence_id = receipt.sequence_id
+                stored.append(message)
+        return codec.DecodedLater(codec.span_from_proto, stored)
 
     async def add_otel_span(
         self, rollout_id: str, attempt_id: str, readable_span: ReadableSpan, sequence_id: int | None = None

@@ -185,7 +185,9 @@ class RemoteReads(LightningStore):
         self, method: str, request: Message, field: str, decode: Callable[[Any], T]
     ) -> PaginatedResult[T]:
         messages = await self._collect(method, request)
-        items = [decode(item) for message in messages for item in getattr(message, field)]
+        items: list[T] = []
+        for message in messages:
+            items.extend(codec.decode_many(decode, getattr(message, field)))
         return codec.result_from_proto(messages[0].page_info, items)
 
     async def get_rollout_by_id(self, rollout_id: str) -> Rollout | None:

@@ -8,6 +8,7 @@ from contextlib import aclosing
 
 from lightningpb.v1 import span_pb2
 
+from lightning.codec.building import decode_many
 from lightning.codec.spans import span_from_proto
 from lightning.store import lifecycle
 from lightning.store.arguments import (
@@ -166,7 +167,7 @@ class ReadingVerbs(EngineCore):
             sort_order=sort_order,
         )
         found = await self.find_span_messages(rollout_id, attempt_id, query)
-        return query.page.paginated([span_from_proto(message) for message in found], found.total)
+        return query.page.paginated(decode_many(span_from_proto, found), found.total)
 
     async def find_span_messages(
         self, rollout_id: str, attempt_id: str | None, query: SpanQuery

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from lightning.codec.spans import copy_span, numbered
+from lightning.codec.building import DecodedLater
 from lightning.store import lifecycle
 from lightning.store.arguments import unknown_attempt
 from lightning.store.idempotency import applied_value, current_request, mark_applied
@@ -28,10 +28,13 @@ class RecordingVerbs(ReadingVerbs):
 
     async def add_many_spans(self, spans: Sequence[Span]) -> Sequence[Span]:
         records = [SpanRecord.of(span) for span in spans]
-        # what any later query will return; made now, for the caller may change its spans meanwhile
-        copies = [copy_span(span) or record.to_span() for span, record in zip(spans, records, strict=True)]
         receipts = await self.add_span_records([span.rollout_id for span in spans], records)
-        return numbered(copies, receipts)
+        stored = [
+            record._replace(sequence_id=receipt.sequence_id)
+            for record, receipt in zip(records, receipts, strict=True)
+            if receipt.stored
+        ]
+        return DecodedLater(SpanRecord.to_span, stored)
 
     async def deliver_spans(self, spans: Sequence[Span]) -> int:
         records = [SpanRecord.of(span) for span in spans]

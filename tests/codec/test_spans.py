@@ -13,7 +13,6 @@ from lightningpb.v1 import span_pb2, store_service_pb2
 
 from lightning.codec import (
     MAX_ATTRIBUTE_DEPTH,
-    copy_span,
     decode_span,
     encode_span,
     span_from_proto,
@@ -45,8 +44,8 @@ JSON = st.recursive(
 )
 CONTEXTS = st.builds(
     SpanContext,
-    trace_id=HEX,
-    span_id=HEX,
+    trace_id=HEX | st.just(""),
+    span_id=HEX | st.just(""),
     is_remote=st.booleans(),
     trace_state=st.dictionaries(TEXT, TEXT, max_size=4),
 )
@@ -114,51 +113,6 @@ def test_a_span_comes_back_exactly(span: Span) -> None:
 def test_a_stored_span_comes_back_under_its_number(span: Span, number: int) -> None:
     back = decode_span(encode_span(span), number)
     assert exact(back.model_dump()) == exact({**span.model_dump(), "sequence_id": number})
-
-
-@given(SPANS)
-def test_a_copied_span_is_what_would_come_back(span: Span) -> None:
-    copied = copy_span(span)
-    if copied is not None:
-        assert exact(copied.model_dump()) == exact(over_the_wire(span).model_dump())
-        assert copied.model_fields_set >= set(Span.model_fields)
-
-
-def test_a_plain_span_can_be_copied_and_shares_nothing() -> None:
-    context = SpanContext(trace_id="1" * 32, span_id="2" * 16, is_remote=False, trace_state={})
-    span = make_span(attributes={"a": 1, "b": "x", "c": 0.5, "d": True}, context=context)
-    copied = copy_span(span)
-    assert copied == over_the_wire(span)
-    assert copied is not None
-    copied.attributes["a"] = 2
-    copied.resource.attributes["r"] = 1
-    copied.status.status_code = "ERROR"
-    copied.events.append(Event(name="e"))
-    assert copied.context is not None
-    copied.context.span_id = "3" * 16
-    copied.kind = "CLIENT"  # type: ignore[attr-defined]
-    assert span == make_span(attributes={"a": 1, "b": "x", "c": 0.5, "d": True}, context=context)
-    assert context.span_id == "2" * 16
-
-
-class _Name(str):
-    __slots__ = ()
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"attributes": {"a": [1]}},
-        {"attributes": {"a": _Name("x")}},
-        {"attributes": {_Name("a"): 1}},
-        {"resource": OtelResource(attributes={"a": (1, 2)})},
-        {"events": [Event(name="e")]},
-        {"kind": "CLIENT"},
-        {"name": _Name("x")},
-    ],
-)
-def test_what_would_come_back_as_something_else_is_not_copied(fields: dict[str, Any]) -> None:
-    assert copy_span(make_span().model_copy(update=fields)) is None
 
 
 def test_a_decoded_span_is_a_full_record() -> None:
@@ -269,6 +223,11 @@ def test_further_fields_must_be_json() -> None:
     [
         ({"name": 5}, "Span.name cannot be a int"),
         ({"start_time": "now"}, "Span.start_time cannot be a str"),
+        (
+            {"context": SpanContext.model_construct(trace_id="t", span_id=5)},
+            "SpanContext.span_id cannot be a int",
+        ),
+        ({"status": TraceStatus.model_construct(description=5)}, "SpanStatus.description cannot be a int"),
     ],
 )
 def test_fields_of_the_wrong_type_are_named(change: dict[str, Any], message: str) -> None:

@@ -106,6 +106,16 @@ class SpanContract(StoreTheme):
         for record in await store.query_spans(started.rollout_id):
             assert (record.attributes, record.name) == ({"list": [1]}, "step")
 
+    async def test_what_is_returned_is_what_was_stored_whatever_the_caller_does_then(
+        self, store: LightningStore
+    ) -> None:
+        started = await store.start_rollout("task")
+        span = make_span(started, attributes={"list": [1]})
+        stored = await store.add_many_spans([span])
+        span.attributes["list"].append(2)
+        span.name = "scribbled"
+        assert [(record.attributes, record.name) for record in stored] == [({"list": [1]}, "step")]
+
     @pytest.mark.parametrize(
         ("kind", "mentions", "attributes"),
         [
