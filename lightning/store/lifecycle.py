@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 from lightning.store.arguments import unknown_attempt
@@ -70,6 +71,8 @@ def is_open(attempt: AttemptRecord) -> bool:
 
 def next_deadline(record: RolloutRecord) -> float | None:
     """The time after which `expire` will change this record, in seconds since the epoch; None: never."""
+    if record.config.timeout_seconds is None and record.config.unresponsive_seconds is None:
+        return None
     deadlines = [
         deadline
         for attempt in record.attempts
@@ -333,22 +336,25 @@ class Effects(NamedTuple):
 
 def effects(before: RolloutRecord | None, after: RolloutRecord) -> Effects:
     """What follows from a rollout's change; `before` is None for a new one."""
-    if before is not None and before.attempts is after.attempts:
-        held_before: dict[tuple[str, str], Hold] = {}
-        held_after = held_before
-    else:
-        held_before = _holds(before)
-        held_after = _holds(after)
-    status_now = {attempt.attempt_id: attempt.status for attempt in after.attempts} if held_before else {}
+    acquired: list[Hold] = []
+    released: list[Hold] = []
+    known = () if before is None else before.attempts
+    if known is not after.attempts:
+        for old, new in zip_longest(known, after.attempts):  # attempts are added, never taken away
+            if old is new:
+                continue
+            held_before, holds = _holder(old), _holder(new)
+            if held_before == holds:
+                continue
+            if held_before is not None:
+                released.append(_hold(after, old, held_before)._replace(status=new.status))
+            if holds is not None:
+                acquired.append(_hold(after, new, holds))
     return Effects(
         entered_queue=is_queued(after) and not (before is not None and is_queued(before)),
         finished=is_finished(after) and not (before is not None and is_finished(before)),
-        acquired=tuple(hold for key, hold in held_after.items() if key not in held_before),
-        released=tuple(
-            hold._replace(status=status_now[hold.lease.attempt_id])
-            for key, hold in held_before.items()
-            if key not in held_after
-        ),
+        acquired=tuple(acquired),
+        released=tuple(released),
         changed=before is not None and visible(before) != visible(after),
     )
 
@@ -370,18 +376,14 @@ def visible(record: RolloutRecord) -> tuple[object, ...]:
     return (*seen, latest.attempt_id, latest.status, latest.end_time, latest.worker_id, latest.metadata)
 
 
-def _holds(record: RolloutRecord | None) -> dict[tuple[str, str], Hold]:
-    if record is None:
-        return {}
-    return {
-        (attempt.attempt_id, attempt.worker_id): Hold(
-            attempt.worker_id,
-            Lease(record.rollout_id, attempt.attempt_id, attempt.instance_id),
-            attempt.status,
-        )
-        for attempt in record.attempts
-        if attempt.worker_id is not None and is_open(attempt)
-    }
+def _holder(attempt: AttemptRecord | None) -> str | None:
+    """The worker that has the attempt in its hands."""
+    return attempt.worker_id if attempt is not None and is_open(attempt) else None
+
+
+def _hold(record: RolloutRecord, attempt: AttemptRecord, worker_id: str) -> Hold:
+    lease = Lease(record.rollout_id, attempt.attempt_id, attempt.instance_id)
+    return Hold(worker_id, lease, attempt.status)
 
 
 # --- Workers ----------------------------------------------------------------------------------------------------

@@ -81,7 +81,7 @@ async def held_up(backend: SQLitePersistence) -> AsyncIterator[Callable[[], None
 
 async def until_waiting(backend: SQLitePersistence, count: int) -> None:
     """Return once so many writes wait for the writer."""
-    while writer_of(backend)._queue.qsize() < count:  # noqa: ASYNC110  # nothing tells of it, and it takes no time
+    while len(writer_of(backend)._waiting) < count:  # noqa: ASYNC110  # nothing tells of it, and it takes no time
         await asyncio.sleep(0)
 
 
@@ -109,6 +109,12 @@ async def test_writes_that_wait_are_one_transaction(backend: SQLitePersistence) 
         inserted = await asyncio.gather(*tasks)
     assert [records[0].rollout_id for records in inserted] == [f"ro-{index}" for index in range(50)]
     assert statements.count("COMMIT") <= 2  # that which held it up, and theirs
+
+
+async def test_a_loop_hands_over_at_once_what_it_gathers_in_a_turn(backend: SQLitePersistence) -> None:
+    statements = await trace(backend)
+    await asyncio.gather(*(backend.insert_rollouts([record(f"ro-{index}")]) for index in range(50)))
+    assert statements.count("COMMIT") == 1
 
 
 async def test_a_write_that_is_refused_takes_no_other_with_it(backend: SQLitePersistence) -> None:
@@ -165,6 +171,45 @@ async def test_what_was_undone_of_a_worker_is_not_remembered(backend: SQLitePers
         )
     kept = await backend.change_worker("w", lambda worker: worker._replace(last_busy_time=1.0))
     assert (kept.heartbeat_stats, await backend.get_worker("w")) == (b"[]", kept)
+
+
+async def test_what_was_undone_of_a_rollout_is_not_remembered(backend: SQLitePersistence) -> None:
+    def begin(found: RolloutRecord, _: int) -> RolloutRecord:
+        return lifecycle.begin_attempt(found, "at-1", "v", None, 0.0)
+
+    def rename(mode: Any) -> Callable[[RolloutRecord], RolloutRecord]:
+        return lambda found: found._replace(mode=mode, attempts=(found.attempts[0]._replace(metadata=b"{}"),))
+
+    await backend.insert_rollouts([record("ro-1")])
+    (claim,) = await backend.claim_rollouts(1, begin)  # by now it is known
+    with pytest.raises(Refused):
+        await backend.change_rollout("ro-1", rename("val"), lambda _, __: [("w", lambda w: w), ("v", refuse)])
+    assert await backend.get_rollout("ro-1") == claim.after
+    change = await backend.change_rollout("ro-1", rename("test"))
+    assert change is not None
+    assert change.before == claim.after
+    assert await backend.get_rollout("ro-1") == change.after
+
+
+async def test_a_rollout_is_read_from_the_file_once_while_it_is_worked_on(
+    backend: SQLitePersistence,
+) -> None:
+    def beat(found: RolloutRecord) -> RolloutRecord:
+        return lifecycle.refresh_attempt(found, f"at-{found.rollout_id}", 1.0)
+
+    sizes = {"ro-small": 1, "ro-large": 100_000}
+    await backend.insert_rollouts([record(name, size_bytes) for name, size_bytes in sizes.items()])
+    await backend.claim_rollouts(
+        2, lambda found, _: lifecycle.begin_attempt(found, f"at-{found.rollout_id}", "v", None, 0.0)
+    )
+    statements = await trace(backend)
+    reads = {}
+    for name in sizes:
+        for _ in range(3):
+            await backend.change_rollout(name, beat)
+        reads[name] = sum(statement.startswith("SELECT * FROM stored_rollout") for statement in statements)
+        statements.clear()
+    assert reads == {"ro-small": 0, "ro-large": 3}  # memory is for many, not for large ones
 
 
 async def test_a_caller_that_is_cancelled_disturbs_nobody(backend: SQLitePersistence) -> None:

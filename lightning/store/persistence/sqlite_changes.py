@@ -31,6 +31,9 @@ from lightning.store.records import (
 
 _LARGEST_INTEGER = 2**63 - 1
 _MAX_KNOWN_WORKERS = 4096
+_MAX_KNOWN_ROLLOUTS = 4096
+_MAX_KNOWN_ROLLOUT_BYTES = 16 * 1024
+_MAX_KNOWN_ATTEMPTS = 16
 
 
 def insert_rollouts(
@@ -52,12 +55,12 @@ def insert_rollouts(
     insert(
         connection,
         "insert_rollouts",
-        (
+        [
             (item.ordinal, item.record.rollout_id, *rows.rollout_values(item.record, item.queue_position))
             for item in new
-        ),
+        ],
     )
-    insert(connection, "insert_payloads", ((item.ordinal, *rows.payload_values(item.record)) for item in new))
+    insert(connection, "insert_payloads", [(item.ordinal, *rows.payload_values(item.record)) for item in new])
     for item in new:
         _insert_attempts(session, item.ordinal, item.record.attempts)
         _settle(session, settle, None, item.record)
@@ -65,10 +68,10 @@ def insert_rollouts(
 
 
 def _insert_attempts(session: Session, ordinal: int, attempts: Sequence[AttemptRecord]) -> None:
-    values = [(ordinal, *rows.attempt_values(attempt)) for attempt in attempts]
-    if values:
-        insert(session.connection, "insert_attempts", values)
-        session.counters.add("attempts", len(values))
+    if not attempts:
+        return
+    insert(session.connection, "insert_attempts", [(ordinal, *attempt) for attempt in attempts])
+    session.counters.add("attempts", len(attempts))
     for attempt in attempts:
         session.counters.add(ATTEMPT_STATUS_COUNTER + attempt.status)
 
@@ -77,7 +80,7 @@ def change_rollout(
     session: Session, rollout_id: str, transition: RolloutTransition, settle: Settlement | None
 ) -> RolloutChange | None:
     """See `Persistence.change_rollout`."""
-    stored = rows.rollout_by_id(session.connection, rollout_id)
+    stored = _find_rollout(session, rollout_id)
     return None if stored is None else _replace(session, stored, transition(stored.record), settle)
 
 
@@ -108,21 +111,47 @@ def _replace(
         elif position is None:
             position = counters.add("queue_position")
     key = {"ordinal": stored.ordinal}
-    values = rows.rollout_values(before, stored.queue_position), rows.rollout_values(after, position)
-    update(connection, "rollout", rows.ROLLOUT_COLUMNS, *values, key)
-    payload = rows.payload_values(before), rows.payload_values(after)
-    update(connection, "rollout_payload", rows.PAYLOAD_COLUMNS, *payload, key)
+    columns = stored.columns or rows.rollout_values(before, stored.queue_position)
+    values = rows.rollout_values(after, position)
+    update(connection, "rollout", rows.ROLLOUT_COLUMNS, columns, values, key)
+    if after.input is not before.input or after.metadata is not before.metadata:
+        payload = rows.payload_values(before), rows.payload_values(after)
+        update(connection, "rollout_payload", rows.PAYLOAD_COLUMNS, *payload, key)
     for old, new in zip(before.attempts, after.attempts, strict=False):
         if old is not new:
             place = {"rollout": stored.ordinal, "sequence_id": old.sequence_id}
-            columns = rows.attempt_values(old), rows.attempt_values(new)
-            update(connection, "attempt", rows.ATTEMPT_COLUMNS, *columns, place)
+            update(connection, "attempt", rows.ATTEMPT_COLUMNS, old, new, place)
             if new.status != old.status:
                 counters.add(ATTEMPT_STATUS_COUNTER + old.status, -1)
                 counters.add(ATTEMPT_STATUS_COUNTER + new.status)
     _insert_attempts(session, stored.ordinal, after.attempts[len(before.attempts) :])
     _settle(session, settle, before, after)
+    _remember(session, StoredRollout(stored.ordinal, position, after, values))
     return RolloutChange(before, after)
+
+
+def _find_rollout(session: Session, rollout_id: str) -> StoredRollout | None:
+    return session.known_rollouts.get(rollout_id) or rows.rollout_by_id(session.connection, rollout_id)
+
+
+def _remember(session: Session, stored: StoredRollout) -> None:
+    """Keep what is being worked on, and so will change again soon, from being read again each time; unless it is large.
+
+    What has finished is forgotten for another reason, too: it may be dropped.
+    """
+    known, record = session.known_rollouts, stored.record
+    if lifecycle.is_queued(record) or lifecycle.is_finished(record) or not _is_small(record):
+        known.pop(record.rollout_id, None)
+        return
+    if len(known) >= _MAX_KNOWN_ROLLOUTS:
+        known.clear()
+    known[record.rollout_id] = stored
+
+
+def _is_small(record: RolloutRecord) -> bool:
+    payloads = (record.input, record.metadata, *(attempt.metadata for attempt in record.attempts))
+    size_bytes = sum(len(payload) for payload in payloads if payload is not None)
+    return size_bytes <= _MAX_KNOWN_ROLLOUT_BYTES and len(record.attempts) <= _MAX_KNOWN_ATTEMPTS
 
 
 def _settle(
@@ -145,7 +174,7 @@ def append_spans(
 ) -> tuple[RolloutChange, list[SpanReceipt]] | None:
     """See `Persistence.append_spans`."""
     connection, counters = session.connection, session.counters
-    stored = rows.rollout_by_id(connection, rollout_id)
+    stored = _find_rollout(session, rollout_id)
     if stored is None:
         return None
     attempt = stored.record.find_attempt(attempt_id)
@@ -162,7 +191,7 @@ def append_spans(
     numbers = dict(zip(fresh, sequence_ids, strict=True))
     if fresh and attempt is not None:
         place = (stored.ordinal, attempt.sequence_id)
-        values = ((*place, span_id, numbers[span_id], span.payload) for span_id, span in fresh.items())
+        values = [(*place, span_id, numbers[span_id], span.payload) for span_id, span in fresh.items()]
         insert(connection, "insert_spans", values)
         counters.add("spans", len(fresh))
         counters.add("span_bytes", sum(len(span.payload) for span in fresh.values()))
@@ -184,7 +213,7 @@ def insert_resources(session: Session, record: ResourcesRecord) -> bool:
     inserted = select(
         connection, "insert_resources", record.resources_id, record.version, *times, record.request_digest
     )
-    named = ((inserted.lastrowid, position, *item) for position, item in enumerate(record.resources))
+    named = [(inserted.lastrowid, position, *item) for position, item in enumerate(record.resources)]
     insert(connection, "insert_resource", named)
     session.counters.add("resources")
     return True

@@ -6,8 +6,7 @@ import functools
 import json
 import sqlite3
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from lightning.store import lifecycle
 from lightning.store.persistence.sqlite_file import snapshot
@@ -36,18 +35,7 @@ ROLLOUT_COLUMNS = (
     "deadline",
 )
 PAYLOAD_COLUMNS = ("input", "metadata")
-ATTEMPT_COLUMNS = (
-    "attempt_id",
-    "sequence_id",
-    "status",
-    "start_time",
-    "end_time",
-    "worker_id",
-    "instance_id",
-    "last_heartbeat_time",
-    "metadata",
-    "last_span_sequence_id",
-)
+ATTEMPT_COLUMNS = AttemptRecord._fields
 WORKER_COLUMNS = (
     "heartbeat_stats",
     "last_heartbeat_time",
@@ -61,13 +49,14 @@ WORKER_COLUMNS = (
 _dump = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
-@dataclass(frozen=True, slots=True)
-class StoredRollout:
+class StoredRollout(NamedTuple):
     """A record and where it stands."""
 
     ordinal: int
     queue_position: int | None
     record: RolloutRecord
+    columns: tuple[Any, ...] | None = None
+    """What stands in `ROLLOUT_COLUMNS`, if that is known."""
 
 
 # --- Rollouts ---------------------------------------------------------------------------------------------------
@@ -116,22 +105,6 @@ def rollout_values(record: RolloutRecord, queue_position: int | None) -> tuple[A
 def payload_values(record: RolloutRecord) -> tuple[Any, ...]:
     """What stands in `PAYLOAD_COLUMNS`."""
     return (record.input, record.metadata)
-
-
-def attempt_values(attempt: AttemptRecord) -> tuple[Any, ...]:
-    """What stands in `ATTEMPT_COLUMNS`."""
-    return (
-        attempt.attempt_id,
-        attempt.sequence_id,
-        attempt.status,
-        attempt.start_time,
-        attempt.end_time,
-        attempt.worker_id,
-        attempt.instance_id,
-        attempt.last_heartbeat_time,
-        attempt.metadata,
-        attempt.last_span_sequence_id,
-    )
 
 
 def _read_rollout(row: Sequence[Any], attempts: tuple[AttemptRecord, ...]) -> StoredRollout:
@@ -217,10 +190,16 @@ def read_worker(row: Sequence[Any]) -> WorkerRecord:
     return WorkerRecord(worker_id, stats, heartbeat, dequeue, busy, idle, silent_after, held)
 
 
+@functools.lru_cache(maxsize=4096)
+def _write_lease(lease: Lease) -> str:
+    """Remembered, for a lease is written again whenever its worker takes another or gives one back."""
+    return _dump(lease)
+
+
 def worker_values(record: WorkerRecord, leases: str | None = None) -> tuple[Any, ...]:
     """What stands in `WORKER_COLUMNS`; `leases` is what stands in the last of them, if that is known."""
     if leases is None:
-        leases = _dump([[lease.rollout_id, lease.attempt_id, lease.instance_id] for lease in record.leases])
+        leases = f"[{','.join(map(_write_lease, record.leases))}]"
     return (
         record.heartbeat_stats,
         record.last_heartbeat_time,

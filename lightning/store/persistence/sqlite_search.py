@@ -42,7 +42,7 @@ def find_rollouts(connection: sqlite3.Connection, query: RolloutQuery) -> tuple[
 
 def _note_wanted(connection: sqlite3.Connection, rollout_ids: tuple[str, ...]) -> None:
     select(connection, "forget_wanted")
-    insert(connection, "insert_wanted", ((rollout_id,) for rollout_id in rollout_ids if is_text(rollout_id)))
+    insert(connection, "insert_wanted", [(rollout_id,) for rollout_id in rollout_ids if is_text(rollout_id)])
 
 
 def _condition(query: RolloutQuery) -> tuple[str, list[Any]]:

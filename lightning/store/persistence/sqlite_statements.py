@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 import re
 import sqlite3
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from importlib import resources
-from itertools import chain, islice
+from itertools import chain
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -48,20 +48,20 @@ def select(connection: sqlite3.Connection, name: str, *values: Any) -> sqlite3.C
 
 
 def select_many(
-    connection: sqlite3.Connection, name: str, values: Iterable[Any], *before: Any
+    connection: sqlite3.Connection, name: str, values: Sequence[Any], *before: Any
 ) -> Iterator[Any]:
     """The rows of a statement with `(…)` for all `values`, however many; `before` are the parameters ahead of them."""
     for part in _parts(values, _MAX_VALUES_PER_STATEMENT):
         yield from connection.execute(_with_values(name, len(part)), (*before, *part))
 
 
-def execute_many(connection: sqlite3.Connection, name: str, values: Iterable[Any]) -> None:
+def execute_many(connection: sqlite3.Connection, name: str, values: Sequence[Any]) -> None:
     """Run a statement with `(…)`, for all `values`, however many."""
     for part in _parts(values, _MAX_VALUES_PER_STATEMENT):
         connection.execute(_with_values(name, len(part)), part)
 
 
-def insert(connection: sqlite3.Connection, name: str, rows: Iterable[Sequence[Any]]) -> None:
+def insert(connection: sqlite3.Connection, name: str, rows: Sequence[Sequence[Any]]) -> None:
     """Insert all rows with a statement that has `VALUES …`."""
     for part in _parts(rows, _MAX_ROWS_PER_STATEMENT):
         connection.execute(with_rows(name, len(part)), tuple(chain.from_iterable(part)))
@@ -104,7 +104,10 @@ def with_rows(name: str, count: int) -> str:
     return statement.replace(_MANY_ROWS, f"VALUES {', '.join([row] * count)}")
 
 
-def _parts(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    iterator = iter(items)
-    while part := list(islice(iterator, size)):
-        yield part
+def _parts(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    if len(items) <= size:  # as nearly always
+        if items:
+            yield items
+        return
+    for start in range(0, len(items), size):
+        yield items[start : start + size]

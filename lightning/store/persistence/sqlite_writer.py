@@ -2,13 +2,16 @@
 
 What makes a write durable, waiting for the disk, costs the same for one as for a hundred. So while a transaction is
 being committed the next writes gather, and go into the next one together; each returns once it is committed.
+
+The interpreter lets one thread run at a time, and SQLite gives way several times in every statement. A writer that
+began with the first of the writes that an event loop is about to make would fight with it for each statement. So a loop
+hands over what it has gathered once a turn, and mostly has nothing to do by the time the writer begins.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
-import queue
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator
@@ -18,6 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from lightning.store.persistence.sqlite_file import as_backend_error
+from lightning.store.persistence.sqlite_rows import StoredRollout
 from lightning.store.persistence.sqlite_statements import select
 from lightning.store.records import WorkerRecord
 
@@ -62,8 +66,10 @@ class Session:
 
     connection: sqlite3.Connection
     counters: Counters
+    known_rollouts: dict[str, StoredRollout] = field(default_factory=dict)
+    """Rollouts as they stand in the file, which nobody else writes to."""
     known_workers: dict[str, tuple[int, tuple[Any, ...], WorkerRecord]] = field(default_factory=dict)
-    """Workers as they stand in the file (ordinal, columns, record), which nobody else writes to."""
+    """Workers as they stand there: ordinal, columns, record."""
 
 
 @contextmanager
@@ -77,6 +83,7 @@ def transaction(session: Session) -> Iterator[None]:
         connection.execute("COMMIT")
     except BaseException:
         counters.undo()
+        session.known_rollouts.clear()
         session.known_workers.clear()
         if connection.in_transaction:
             connection.execute("ROLLBACK")
@@ -130,10 +137,13 @@ class GroupCommitWriter:
         self._open = open
         self._tidy = tidy
         self._close = close
-        self._lock = threading.Lock()
-        self._stopping = False
         self._process = os.getpid()
-        self._queue: queue.SimpleQueue[_Write[Any] | None] = queue.SimpleQueue()
+        self._changed = threading.Condition()
+        """Guards what follows, and tells the thread that there is something to do."""
+        self._gathered: dict[asyncio.AbstractEventLoop, list[_Write[Any]]] = {}
+        """What each loop has not handed over yet."""
+        self._waiting: list[_Write[Any]] = []
+        self._stopping = False
         self.opened = _uncancellable_future()
         """Done when the connection is ready to write."""
         self.closed = _uncancellable_future()
@@ -154,18 +164,27 @@ class GroupCommitWriter:
         future: asyncio.Future[T] = loop.create_future()
         if os.getpid() != self._process:
             raise RuntimeError("this store was opened by another process; a forked process must open its own")
-        with self._lock:
+        with self._changed:
             if self._stopping:
                 raise closed_error()
-            self._queue.put(_Write(work, future, loop))
+            if loop not in self._gathered:
+                self._gathered[loop] = []
+                loop.call_soon(self._hand_over, loop)
+            self._gathered[loop].append(_Write(work, future, loop))
         return await future
+
+    def _hand_over(self, loop: asyncio.AbstractEventLoop) -> None:
+        with self._changed:
+            self._waiting += self._gathered.pop(loop, ())
+            self._changed.notify()
 
     def stop(self) -> None:
         """Take no more writes, and end when those that wait are done: see `closed`. Harmless when called twice."""
-        with self._lock:
-            if not self._stopping:
-                self._stopping = True
-                self._queue.put(None)
+        with self._changed:
+            self._stopping = True
+            for loop in list(self._gathered):
+                self._hand_over(loop)
+            self._changed.notify()
 
     def join(self) -> None:
         """Wait for the thread to end."""
@@ -198,30 +217,17 @@ class GroupCommitWriter:
 
     def _refuse_rest(self) -> None:
         """Leave nobody waiting if the thread ends before its time."""
-        with suppress(queue.Empty):
-            while True:
-                write = self._queue.get_nowait()
-                if write is not None:
-                    _deliver([_Outcome(write, error=closed_error())])
+        with self._changed:
+            refused, self._waiting = self._waiting, []
+        _deliver([_Outcome(write, error=closed_error()) for write in refused])
 
     def _take(self, wait_seconds: float | None) -> list[_Write[Any]] | None:
         """Wait for a write, and take it with all others that are there: none after a time, None to stop."""
-        try:
-            write = self._queue.get(timeout=wait_seconds)
-        except queue.Empty:
-            return []
-        writes = []
-        while write is not None:
-            writes.append(write)
-            if len(writes) == _MAX_WRITES_PER_TRANSACTION:
-                break
-            try:
-                write = self._queue.get_nowait()
-            except queue.Empty:
-                break
-        if write is None and writes:
-            self._queue.put(None)  # stop after these: nothing comes behind it any more
-        return writes or None
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting or self._stopping, wait_seconds)
+            writes = self._waiting[:_MAX_WRITES_PER_TRANSACTION]
+            del self._waiting[:_MAX_WRITES_PER_TRANSACTION]
+            return None if self._stopping and not writes else writes
 
 
 def closed_error() -> RuntimeError:
