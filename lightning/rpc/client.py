@@ -7,7 +7,8 @@ import time
 import weakref
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import replace
-from os import getpid, urandom
+from os import getpid, register_at_fork
+from random import Random
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from google.protobuf.message import Message
@@ -60,6 +61,11 @@ _WAIT_SLICE_SECONDS = 60.0
 _MAX_BATCH_BYTES = 16 * 1024 * 1024
 """Spans are sent in requests of about this size, unless one span alone is larger."""
 _READY_TIMEOUT_SECONDS = 60.0
+
+_ids = Random()
+"""A generator of our own, for whoever seeds that of `random` must not get the same ids again; and quicker than asking
+the system, which lets other threads in meanwhile."""
+register_at_fork(after_in_child=_ids.seed)
 
 
 class LightningStoreClient(RemoteReads):
@@ -458,7 +464,7 @@ class LightningStoreClient(RemoteReads):
 
 def _new_id() -> str:
     """A request id: fresh for each call, the same for its repetitions."""
-    return urandom(16).hex()
+    return f"{_ids.getrandbits(128):032x}"
 
 
 def _spec(

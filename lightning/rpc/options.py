@@ -113,10 +113,11 @@ class ServerLimits:
     def channel_options(self, *, share_port: bool = False) -> ChannelOptions:
         """The arguments of a server; `share_port`: of one of several at the same port."""
         age = self.max_connection_age
-        ages = () if age is None else ("max_connection_age_ms", "max_connection_age_grace_ms")
+        # a stream that is opened at the last moment ends by itself at that age, when it has answered what waits
+        grace = (age or 0) + self.max_wait_seconds
+        ages = () if age is None else (("max_connection_age_ms", age), ("max_connection_age_grace_ms", grace))
         return (
-            # the grace is for what began last, and may last as long: streams end by themselves then
-            *((f"grpc.{name}", math.ceil((age or 0) * 1000)) for name in ages),
+            *((f"grpc.{name}", math.ceil(seconds * 1000)) for name, seconds in ages),
             *_message_limits(self.max_message_bytes),
             # unless several are asked for, a second server would start silently on the same port
             ("grpc.so_reuseport", int(share_port)),

@@ -34,6 +34,11 @@ _SHARED_REQUEST_BYTES = 64 * 1024
 """A larger request goes alone: it would hold up the others."""
 _MESSAGE_BYTES = 256 * 1024
 """Of requests, in one message, roughly."""
+_UNANSWERED_MESSAGES = 2
+"""With so many on their way without any answer, calls gather for the next. So client and server work at the same time,
+and the more calls there are at once the more share a message: the first one to come takes none for itself."""
+_GATHERING_SECONDS = 0.001
+"""How long they do so at most, for answers may take long."""
 _NO_ROOM_PAUSE_SECONDS = 10.0
 """How long calls are made one by one when the server has no room for the stream."""
 
@@ -178,7 +183,7 @@ class Pipeline:
 class _Call:
     """A call that somebody waits for."""
 
-    __slots__ = ("answer", "call_id", "line", "loop", "method", "request")
+    __slots__ = ("answer", "call_id", "line", "loop", "message", "method", "request")
 
     def __init__(self, method: str, request: bytes, loop: asyncio.AbstractEventLoop) -> None:
         self.method = method
@@ -188,6 +193,8 @@ class _Call:
         """Belongs to `loop`, the caller's."""
         self.line: _Line | None = None
         self.call_id = 0
+        self.message = 0
+        """The number of the message that it went with, on its line."""
 
 
 class _Line:
@@ -204,6 +211,11 @@ class _Line:
         self._unsent: deque[_Call] = deque()
         self._cancelled_ids: list[int] = []
         self._writer: asyncio.Task[None] | None = None
+        self._messages = count(1)
+        self._unanswered: set[int] = set()
+        """Messages that had no answer yet, or have waited for one."""
+        self._turn: asyncio.Future[None] | None = None
+        """Done when the next message may go."""
 
     def begin(self, call: _Call) -> None:
         """Make a call."""
@@ -240,6 +252,8 @@ class _Line:
         try:
             while (message := await stream.read()) is not grpc.aio.EOF:
                 _deliver(list(self._settle(message, large_answers)))
+                if len(self._unanswered) < _UNANSWERED_MESSAGES:
+                    self._go_on()
                 if message.HasField("closing"):
                     self.is_retired = True
                 if self.is_retired:
@@ -256,6 +270,7 @@ class _Line:
             call = self._calls.pop(outcome.call_id, None)
             if call is None:
                 continue  # it was given up
+            self._unanswered.discard(call.message)
             kind = outcome.WhichOneof("outcome")
             if kind == "response":
                 yield call, outcome.response
@@ -270,9 +285,11 @@ class _Line:
             self._writer = asyncio.get_running_loop().create_task(self._write_all())
 
     async def _write_all(self) -> None:
-        """Send what is unsent. While one message is on its way, what is to be in the next comes together."""
+        """Send what is unsent. While messages are on their way, what is to be in the next comes together."""
         try:
             while self._unsent or self._cancelled_ids:
+                if len(self._unanswered) >= _UNANSWERED_MESSAGES:
+                    await self._gather()
                 await self._stream.write(self._next_message())
             if self.is_retired and not self._calls:
                 await self._stream.done_writing()
@@ -281,15 +298,37 @@ class _Line:
         finally:
             self._writer = None
 
+    async def _gather(self) -> None:
+        """Wait until a message was answered, or for as long as that is worth while."""
+        loop = asyncio.get_running_loop()
+        self._turn = loop.create_future()
+        timer = loop.call_later(_GATHERING_SECONDS, self._stop_gathering)
+        try:
+            await self._turn
+        finally:
+            timer.cancel()
+            self._turn = None
+
+    def _stop_gathering(self) -> None:
+        self._unanswered.clear()
+        self._go_on()
+
+    def _go_on(self) -> None:
+        if self._turn is not None and not self._turn.done():
+            self._turn.set_result(None)
+
     def _next_message(self) -> pb.PipelineRequest:
         cancelled_ids, self._cancelled_ids = self._cancelled_ids, []
         message = pb.PipelineRequest(cancelled_call_ids=cancelled_ids)
-        calls, size_bytes = message.calls, 0
+        calls, size_bytes, number = message.calls, 0, next(self._messages)
         while self._unsent and size_bytes < _MESSAGE_BYTES:
             call = self._unsent.popleft()
             if call.call_id in self._calls:
                 calls.add(call_id=call.call_id, method=call.method, request=call.request)
                 size_bytes += len(call.request)
+                call.message = number
+        if calls:
+            self._unanswered.add(number)
         return message
 
 

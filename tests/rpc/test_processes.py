@@ -371,3 +371,26 @@ async def test_a_stopped_process_is_given_up_by_its_deadline(tmp_path: Path, con
             await asyncio.wait_for(client.statistics(), 10)
     finally:
         kill(process)
+
+
+def test_no_two_calls_have_the_same_request_id(tmp_path: Path) -> None:
+    """Not in a forked child, which inherits the generator, nor for users who seed theirs."""
+    out = run_script(
+        tmp_path,
+        """
+        import random
+        from lightning.rpc.client import _new_id
+
+        def ids():
+            random.seed(7)
+            return [_new_id() for _ in range(3)]
+
+        print(*ids(), *ids(), flush=True)
+        pid = os.fork()
+        print(*ids(), flush=True)
+        if pid == 0:
+            os._exit(0)
+        wait_for_child(pid)
+        """,
+    )
+    assert len(set(out.split())) == 12
