@@ -57,7 +57,8 @@ class _Session:
         form = RolloutForm(partition, settings.retain_seconds)
         self.connection = connection
         self.rollouts = MongoRecords(connection, ROLLOUTS, form, payloads, tokens)
-        self.workers = MongoRecords(connection, WORKERS, WorkerForm(partition), payloads, tokens)
+        worker_form = WorkerForm(partition)
+        self.workers = MongoRecords(connection, WORKERS, worker_form, payloads, tokens, create=WorkerRecord)
         self.commands = MongoCommands(connection, tokens, partition)
         self.queue = MongoQueue(connection, self.rollouts, partition, lambda: self.commands.place)
         self.spans = MongoSpans(connection, self.rollouts, payloads, partition)
@@ -304,7 +305,7 @@ class MongoPersistence(Persistence):
     # --- workers ---
 
     async def change_worker(self, worker_id: str, transition: WorkerTransition) -> WorkerRecord:
-        change = await self._session.workers.change(worker_id, transition, lambda: WorkerRecord(worker_id))
+        change = await self._session.workers.change(worker_id, transition)
         assert change is not None
         return change[1]
 

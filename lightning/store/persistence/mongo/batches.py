@@ -1,15 +1,16 @@
-"""Doing together what is asked for at the same time, and one after the other what would get in its own way."""
+"""Doing together what is asked for at the same time."""
 
 from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Hashable, Sequence
+from functools import partial
 from typing import Generic, TypeVar
 
 from lightning.store.persistence.abc import BackendUnavailableError
 
+KeyT = TypeVar("KeyT", bound=Hashable)
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
 
@@ -24,6 +25,7 @@ class Batcher(Generic[ItemT, ResultT]):
         perform: Does a batch; returns a result per item, in order. Doing an item twice must have the effect of once.
         max_items: The size of a batch.
         max_batches: How many may be under way at once.
+        idle: Is called when there is nothing to do any more.
     """
 
     def __init__(
@@ -32,10 +34,12 @@ class Batcher(Generic[ItemT, ResultT]):
         *,
         max_items: int,
         max_batches: int = 4,
+        idle: Callable[[], object] | None = None,
     ) -> None:
         self._perform = perform
         self._max_items = max_items
         self._max_batches = max_batches
+        self._idle = idle
         self._waiting: deque[tuple[ItemT, asyncio.Future[ResultT]]] = deque()
         self._workers = 0
         self._tasks: set[asyncio.Task[None]] = set()
@@ -71,6 +75,8 @@ class Batcher(Generic[ItemT, ResultT]):
                     await self._settle(batch)
         finally:
             self._workers -= 1
+            if self._idle is not None and not self._workers:
+                self._idle()
 
     async def _settle(self, batch: list[tuple[ItemT, asyncio.Future[ResultT]]]) -> None:
         try:
@@ -93,29 +99,34 @@ class Batcher(Generic[ItemT, ResultT]):
                     future.set_result(result)
 
 
-class Turns:
-    """Callers of one event loop take turns at something, rather than find out by conflicts."""
+class KeyedBatcher(Generic[KeyT, ItemT, ResultT]):
+    """A batcher for each of many things: batches for the same one never get in each other's way, for they are done one
+    after the other.
 
-    def __init__(self) -> None:
-        self._turns: dict[Hashable, _Turn] = {}
+    Args:
+        perform: Does a batch for a key; see `Batcher`.
+        max_items: The size of a batch.
+    """
 
-    @asynccontextmanager
-    async def take(self, key: Hashable) -> AsyncIterator[None]:
-        """Wait for the turn at `key`, and hold it."""
-        turn = self._turns.setdefault(key, _Turn())
-        turn.takers += 1
-        try:
-            async with turn.lock:
-                yield
-        finally:
-            turn.takers -= 1
-            if not turn.takers:
-                del self._turns[key]
+    def __init__(
+        self, perform: Callable[[KeyT, list[ItemT]], Awaitable[Sequence[ResultT]]], *, max_items: int
+    ) -> None:
+        self._perform = perform
+        self._max_items = max_items
+        self._busy: dict[KeyT, Batcher[ItemT, ResultT]] = {}
 
+    async def do(self, key: KeyT, item: ItemT) -> ResultT:
+        """As `Batcher.do`."""
+        batcher = self._busy.get(key)
+        if batcher is None:
+            batcher = self._busy[key] = Batcher(
+                partial(self._perform, key),
+                max_items=self._max_items,
+                max_batches=1,
+                idle=lambda: self._busy.pop(key),
+            )
+        return await batcher.do(item)
 
-class _Turn:
-    __slots__ = ("lock", "takers")
-
-    def __init__(self) -> None:
-        self.lock = asyncio.Lock()
-        self.takers = 0
+    async def close(self) -> None:
+        """Wait for what is under way."""
+        await asyncio.gather(*(batcher.close() for batcher in self._busy.values()))

@@ -11,10 +11,10 @@ import functools
 import os
 import struct
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
-from itertools import count
+from itertools import count, pairwise
 from typing import Any, Protocol, TypeVar
 
 from bson import ObjectId, Timestamp
@@ -129,6 +129,8 @@ class Form(Protocol[RecordT]):
 
     id_field: str
     """The part of a document's `_id` that tells the records of a partition apart."""
+    has_marks: bool
+    """Whether the database puts something into its documents that `stored` needs."""
 
     def key(self, record_id: str) -> Document:
         """The `_id` of a record's document."""
@@ -138,8 +140,8 @@ class Form(Protocol[RecordT]):
         """The document of a new record."""
         ...
 
-    def update(self, document: Document, before: RecordT, after: RecordT, spill: Spill) -> Document:
-        """The update that turns the document of `before` into that of `after`."""
+    def update(self, document: Document, states: Sequence[RecordT], spill: Spill) -> Document:
+        """The update that takes a document from the first of these states through the others to the last."""
         ...
 
     def record(self, document: Document, contents: Contents) -> RecordT:
@@ -195,12 +197,18 @@ class _Edit:
         elif after != before:
             self.set[name] = after
 
-    def mark(self, name: str, before: bool, after: bool) -> None:
-        """A field with the time at which something became so, and absent while it is not."""
-        if after and not before:
+    def mark(self, name: str, is_so: Sequence[bool]) -> None:
+        """A field with the time at which something became so last, and absent while it is not.
+
+        Args:
+            name: Its name.
+            is_so: What is the case, state by state.
+        """
+        if not is_so[-1]:
+            if is_so[0]:
+                self.unset[name] = ""
+        elif not all(is_so):
             self.tick[name] = _TICK
-        elif before and not after:
-            self.unset[name] = ""
 
     def document(self) -> Document:
         parts = {"$set": self.set, "$unset": self.unset, "$currentDate": self.tick}
@@ -216,6 +224,7 @@ class RolloutForm:
     """
 
     id_field = "rollout_id"
+    has_marks = True
 
     def __init__(self, partition: str, retain_seconds: float | None) -> None:
         self._partition = partition
@@ -255,12 +264,11 @@ class RolloutForm:
                 document["expire_at"] = self._expiry()
         return document
 
-    def update(
-        self, document: Document, before: RolloutRecord, after: RolloutRecord, spill: Spill
-    ) -> Document:
+    def update(self, document: Document, states: Sequence[RolloutRecord], spill: Spill) -> Document:
+        before, after = states[0], states[-1]
         edit = _Edit()
         edit.tick["revision"] = _TICK
-        if lifecycle.visible(before) != lifecycle.visible(after):
+        if any(lifecycle.visible(one) != lifecycle.visible(other) for one, other in pairwise(states)):
             edit.tick["changed"] = _TICK  # for the change streams of other servers
         for name in ("status", "start_time", "end_time", "mode", "resources_id"):
             if getattr(after, name) != getattr(before, name):
@@ -274,9 +282,9 @@ class RolloutForm:
             edit.set["applied"] = _applied_documents(after)
         self._update_attempts(edit, document, before, after, spill)
         edit.put("deadline", document.get("deadline"), lifecycle.next_deadline(after))
-        edit.mark("queue", lifecycle.is_queued(before), lifecycle.is_queued(after))
+        edit.mark("queue", list(map(lifecycle.is_queued, states)))
+        edit.mark("finished", list(map(lifecycle.is_finished, states)))
         finished = lifecycle.is_finished(after)
-        edit.mark("finished", lifecycle.is_finished(before), finished)
         if finished and self._retain_seconds is not None and "expire_at" not in document:
             edit.set["expire_at"] = self._expiry()
         elif not finished and "expire_at" in document:
@@ -413,6 +421,7 @@ class WorkerForm:
     """
 
     id_field = "worker_id"
+    has_marks = False
 
     def __init__(self, partition: str) -> None:
         self._partition = partition
@@ -432,7 +441,8 @@ class WorkerForm:
             "leases": _lease_documents(record),
         }
 
-    def update(self, document: Document, before: WorkerRecord, after: WorkerRecord, spill: Spill) -> Document:
+    def update(self, document: Document, states: Sequence[WorkerRecord], spill: Spill) -> Document:
+        before, after = states[0], states[-1]
         edit = _Edit()
         for name in _WORKER_FIELDS:
             if getattr(after, name) != getattr(before, name):

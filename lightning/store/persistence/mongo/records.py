@@ -13,6 +13,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Generic, NoReturn, TypeVar
 
 from bson import ObjectId
@@ -21,7 +22,7 @@ from pymongo import ReturnDocument, UpdateOne
 from pymongo.errors import BulkWriteError, OperationFailure
 
 from lightning.store.persistence.abc import AttemptTakenError, BackendUnavailableError
-from lightning.store.persistence.mongo.batches import Batcher, Turns
+from lightning.store.persistence.mongo.batches import Batcher, KeyedBatcher
 from lightning.store.persistence.mongo.connection import Document, MongoConnection, error_codes
 from lightning.store.persistence.mongo.documents import (
     ChangeTokens,
@@ -34,6 +35,7 @@ from lightning.store.persistence.mongo.payloads import MongoPayloads, PayloadGon
 
 RecordT = TypeVar("RecordT")
 
+_MAX_CHANGES_AT_ONCE = 256
 _MAX_SWAPS_AT_ONCE = 64
 _MAX_READS_AT_ONCE = 256
 _MAX_INSERTS_AT_ONCE = 500
@@ -83,6 +85,7 @@ class MongoRecords(Generic[RecordT]):
         form: How they rest.
         payloads: Where large payloads go.
         tokens: Ids for changes.
+        create: Makes a record, given its id, for a change to begin with if there is none; None: there are no others.
     """
 
     def __init__(
@@ -92,6 +95,7 @@ class MongoRecords(Generic[RecordT]):
         form: Form[RecordT],
         payloads: MongoPayloads,
         tokens: ChangeTokens,
+        create: Callable[[str], RecordT] | None = None,
     ) -> None:
         self.name = name
         self.collection = connection.collection(name)
@@ -99,7 +103,8 @@ class MongoRecords(Generic[RecordT]):
         self._form = form
         self._payloads = payloads
         self._tokens = tokens
-        self._turns = Turns()
+        self._create = create
+        self._changes = KeyedBatcher(self._change_together, max_items=_MAX_CHANGES_AT_ONCE)
         self._swaps = Batcher(self._swap_batch, max_items=_MAX_SWAPS_AT_ONCE)
         self._reads: Batcher[str, Document | None] = Batcher(self._read_batch, max_items=_MAX_READS_AT_ONCE)
         self._known: OrderedDict[str, Read[RecordT]] = OrderedDict()
@@ -108,7 +113,7 @@ class MongoRecords(Generic[RecordT]):
 
     async def close(self) -> None:
         """Wait for what is under way."""
-        for batcher in (self._swaps, self._reads, self._inserts):
+        for batcher in (self._changes, self._swaps, self._reads, self._inserts):
             await batcher.close()
 
     # --- Reading ---
@@ -177,57 +182,55 @@ class MongoRecords(Generic[RecordT]):
     # --- Changing ---
 
     async def change(
-        self,
-        record_id: str,
-        transition: Callable[[RecordT], RecordT],
-        create: Callable[[], RecordT] | None = None,
+        self, record_id: str, transition: Callable[[RecordT], RecordT]
     ) -> tuple[RecordT, RecordT] | None:
-        """Replace a record by what `transition` makes of it.
-
-        Args:
-            record_id: Which.
-            transition: From the present record to the next, or to the same one if nothing changes.
-            create: Makes the record to begin with if there is none.
+        """Replace a record by what `transition` makes of it: from the present record to the next, or to the same one if
+        nothing changes.
 
         Returns:
-            The record before and after; None if there is none and no `create`.
+            The record before and after; None if there is none, and none can be made.
         """
-        async with self._turns.take(record_id):
-            read = self._known.pop(record_id, None)  # a swap remembers it anew; what does not fit is outdated
+        return await self._changes.do(record_id, transition)
+
+    async def _change_together(
+        self, record_id: str, transitions: list[Callable[[RecordT], RecordT]]
+    ) -> Sequence[tuple[RecordT, RecordT] | None]:
+        """Make changes that wait for the same record, one upon the other, in one swap."""
+        read = self._known.pop(record_id, None)  # a swap remembers it anew; what does not fit is outdated
+        if read is not None:
+            changes = await self._try(read, transitions)
+            if changes is not None:
+                return changes
+        conflicts = _Conflicts(self._connection.settings.timeout_seconds, record_id)
+        while True:
+            read = await self.read(record_id)
             if read is not None:
-                change = await self._try(read, transition)
-                if change is not None:
-                    return change
-            conflicts = _Conflicts(self._connection.settings.timeout_seconds, record_id)
-            while True:
-                read = await self.read(record_id)
-                if read is not None:
-                    after = transition(read.record)
-                    if after is read.record:
-                        await self.settle(read)
-                        return after, after
-                    swapped = await self.swap(read, after)
-                    if swapped is not None:
-                        return read.record, swapped
-                elif create is None:
-                    return None
-                else:
-                    before = create()
-                    ((stored, created),) = await self.insert([transition(before)])
-                    if created:
-                        return before, stored
-                await conflicts.pause()
+                states = _states(read.record, transitions)
+                if states[-1] is read.record:
+                    await self.settle(read)
+                    return list(pairwise(states))
+                stored = await self._swap_through(read, states)
+                if stored is not None:
+                    return list(pairwise(stored))
+            elif self._create is None:
+                return [None] * len(transitions)
+            else:
+                states = _states(self._create(record_id), transitions)
+                ((record, created),) = await self.insert([states[-1]])
+                if created:
+                    return list(pairwise([*states[:-1], record]))
+            await conflicts.pause()
 
     async def _try(
-        self, known: Read[RecordT], transition: Callable[[RecordT], RecordT]
-    ) -> tuple[RecordT, RecordT] | None:
+        self, known: Read[RecordT], transitions: Sequence[Callable[[RecordT], RecordT]]
+    ) -> Sequence[tuple[RecordT, RecordT]] | None:
         """Change a record that may have been changed since; None if it was, or if nothing came of it."""
         try:
-            after = transition(known.record)
+            states = _states(known.record, transitions)
         except Exception:  # noqa: BLE001  # raised again if it holds for the record as it is now
             return None
-        swapped = None if after is known.record else await self.swap(known, after)
-        return None if swapped is None else (known.record, swapped)
+        stored = None if states[-1] is known.record else await self._swap_through(known, states)
+        return None if stored is None else list(pairwise(stored))
 
     async def settle(self, read: Read[RecordT]) -> None:
         """Return when what was read is sure to stay: a write that changes nothing waits for all before it."""
@@ -243,8 +246,13 @@ class MongoRecords(Generic[RecordT]):
             ValueError: The record does not fit into a document.
             AttemptTakenError: Another rollout has an attempt of this id.
         """
+        stored = await self._swap_through(read, [read.record, after])
+        return None if stored is None else stored[-1]
+
+    async def _swap_through(self, read: Read[RecordT], states: Sequence[RecordT]) -> list[RecordT] | None:
+        """As `swap`, for a record that goes from the first of these states, which was read, through the others."""
         spill = Spill()
-        update = self._form.update(read.document, read.record, after, spill)
+        update = self._form.update(read.document, states, spill)
         key = read.document["_id"]
         record_id = key[self._form.id_field]
         token = self._tokens.next()
@@ -262,8 +270,8 @@ class MongoRecords(Generic[RecordT]):
             await self._payloads.discard(spill)
             return None
         await self._payloads.confirm(spill)
-        stored = self._form.stored(after, marks)
-        self._remember(record_id, Read(updated_document(read.document, update, marks), stored))
+        stored = [states[0], *(self._form.stored(state, marks) for state in states[1:])]
+        self._remember(record_id, Read(updated_document(read.document, update, marks), stored[-1]))
         return stored
 
     def _remember(self, record_id: str, read: Read[RecordT]) -> None:
@@ -282,7 +290,9 @@ class MongoRecords(Generic[RecordT]):
             # Those that an earlier try made fit no longer and are left alone; and even that is acknowledged only when a
             # majority has them.
             updates = [UpdateOne({"_id": one.key, "change": one.expected}, one.update) for one in swaps]
-            await self.collection.bulk_write(updates, ordered=False)
+            result = await self.collection.bulk_write(updates, ordered=False)
+            if result.matched_count == len(swaps) and not self._form.has_marks:
+                return [{}] * len(swaps)
             found = await self._marks([one.key for one in swaps])
             return [_outcome(one, document) for one, document in zip(swaps, found, strict=True)]
 
@@ -368,6 +378,11 @@ class MongoRecords(Generic[RecordT]):
             for document, marks in zip(documents, found, strict=True)
         )
         return [[next(results) for _ in group] for group in groups]
+
+
+def _states(record: RecordT, transitions: Sequence[Callable[[RecordT], RecordT]]) -> Sequence[RecordT]:
+    """The record, and what each transition makes of it after the other."""
+    return list(accumulate(transitions, lambda state, transition: transition(state), initial=record))
 
 
 class _Conflicts:

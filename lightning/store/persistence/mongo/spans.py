@@ -6,13 +6,16 @@ server that dies in between leaves a gap in the numbers of a call that it never 
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
 
 from bson import ObjectId
 from pymongo.errors import BulkWriteError
 
 from lightning.store.persistence.abc import RolloutChange, SpanTransition
-from lightning.store.persistence.mongo.batches import Batcher, Turns
+from lightning.store.persistence.mongo.batches import Batcher, KeyedBatcher
 from lightning.store.persistence.mongo.connection import Document, MongoConnection
 from lightning.store.persistence.mongo.documents import NEXT, Spill, content
 from lightning.store.persistence.mongo.payloads import MongoPayloads, PayloadGone
@@ -24,10 +27,28 @@ _BATCH_BYTES = 8 * 1024 * 1024
 """Half of the size that a document can have; a larger span rests beside the document."""
 _BATCH_SPANS = 1000
 _MAX_INSERTS_AT_ONCE = 64
+_MAX_APPENDS_AT_ONCE = 64
+_MAX_REMEMBERED_SPANS = 100_000
 
 
-class _NotTheFirst(Exception):
-    """The attempt has spans by now."""
+@dataclass(frozen=True)
+class _Append:
+    """A call's spans for an attempt."""
+
+    spans: Sequence[SpanRecord]
+    transition: SpanTransition
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """All spans that an attempt has, as far as the last of its sequence ids tells."""
+
+    last_sequence_id: int = 0
+    span_ids: set[str] = field(default_factory=set)
+
+
+class _Outdated(Exception):
+    """The attempt has other spans by now."""
 
 
 class MongoSpans:
@@ -46,69 +67,121 @@ class MongoSpans:
         self._partition = partition
         self._collection = connection.collection(SPANS)
         self._inserts = Batcher(self._insert_batch, max_items=_MAX_INSERTS_AT_ONCE)
-        self._turns = Turns()
+        self._appends = KeyedBatcher(self._append_together, max_items=_MAX_APPENDS_AT_ONCE)
+        self._stored: OrderedDict[tuple[str, str], _Stored] = OrderedDict()
+        """Of attempts that have all their spans from this server, those last heard of. If another one stores some after
+        all, the sequence ids tell; where they do not, the unique index does."""
+        self._remembered_spans = 0
 
     async def close(self) -> None:
         """Wait for what is under way."""
-        await self._inserts.close()
+        for batcher in (self._appends, self._inserts):
+            await batcher.close()
 
     async def append(
         self, rollout_id: str, attempt_id: str, spans: Sequence[SpanRecord], transition: SpanTransition
     ) -> tuple[RolloutChange, list[SpanReceipt]] | None:
         """See `Persistence.append_spans`."""
-        async with self._turns.take((rollout_id, attempt_id)):
-            received = await self._receive(rollout_id, attempt_id, spans, transition)
-            if received is None:
-                return None
-            change, numbered = received
-            for batch in _batches(numbered.values()):
-                for span in await self._store(rollout_id, attempt_id, batch):
-                    del numbered[span.span_id]
-        receipts = []
-        for span in spans:
-            stored = numbered.pop(span.span_id, None)
-            receipts.append(SpanReceipt(stored.sequence_id if stored else 0, stored is not None))
-        return change, receipts
+        return await self._appends.do((rollout_id, attempt_id), _Append(spans, transition))
+
+    async def _append_together(
+        self, key: tuple[str, str], appends: list[_Append]
+    ) -> Sequence[tuple[RolloutChange, list[SpanReceipt]] | None]:
+        stored = await self._recall(key)
+        received = None if stored is None else await self._receive_after(key, appends, stored)
+        if received is None:
+            stored = None
+            received = await self._receive(key, appends, await self._known(key, _span_ids(appends)))
+        change, numbered = received
+        if change is None:
+            return [None] * len(appends)
+        for batch in _batches(numbered.values()):
+            for span in await self._store(key, batch):
+                del numbered[span.span_id]
+        if stored is not None:
+            self._remember(key, _Stored(_last_sequence_id(change.after, key[1]), stored.span_ids))
+        results = []
+        for append in appends:
+            results.append((change, [_receipt(numbered.pop(span.span_id, None)) for span in append.spans]))
+            change = RolloutChange(change.after, change.after)  # the first has made it for all
+        return results
+
+    async def _recall(self, key: tuple[str, str]) -> _Stored | None:
+        """All spans of an attempt, if this server knows them."""
+        stored = self._stored.pop(key, None)
+        if stored is not None:
+            self._remembered_spans -= len(stored.span_ids)
+            return stored
+        rollout = await self._rollouts.peek(key[0])
+        none_yet = rollout is not None and not _last_sequence_id(rollout.record, key[1])
+        return _Stored() if none_yet else None
+
+    def _remember(self, key: tuple[str, str], stored: _Stored) -> None:
+        self._stored[key] = stored
+        self._remembered_spans += len(stored.span_ids)
+        while self._remembered_spans > _MAX_REMEMBERED_SPANS:
+            _, oldest = self._stored.popitem(last=False)
+            self._remembered_spans -= len(oldest.span_ids)
+
+    async def _receive_after(
+        self, key: tuple[str, str], appends: Sequence[_Append], stored: _Stored
+    ) -> tuple[RolloutChange | None, dict[str, SpanRecord]] | None:
+        """As `_receive`, if these are all spans that the attempt has; None if they are not."""
+        try:
+            return await self._receive(key, appends, stored.span_ids, stored.last_sequence_id)
+        except _Outdated:
+            return None
 
     async def _receive(
-        self, rollout_id: str, attempt_id: str, spans: Sequence[SpanRecord], transition: SpanTransition
-    ) -> tuple[RolloutChange, dict[str, SpanRecord]] | None:
-        """Change the rollout; returns also the spans to store, numbered, by span id."""
-        rollout = await self._rollouts.peek(rollout_id)
-        is_first = rollout is not None and not _can_have_spans(rollout.record, attempt_id)
-        known: set[str] = set()
-        if not is_first:
-            known = await self._known(rollout_id, attempt_id, [span.span_id for span in spans])
-        fresh: dict[str, SpanRecord] = {}
-        for span in spans:
-            if span.span_id not in known:
-                fresh.setdefault(span.span_id, span)
+        self,
+        key: tuple[str, str],
+        appends: Sequence[_Append],
+        taken: set[str],
+        last_sequence_id: int | None = None,
+    ) -> tuple[RolloutChange | None, dict[str, SpanRecord]]:
+        """Change the rollout.
+
+        Args:
+            key: The rollout and the attempt.
+            appends: What is to be stored.
+            taken: The span ids that the attempt has; those that it gets are added.
+            last_sequence_id: What the attempt's last one must be; None: any.
+
+        Returns:
+            The change, and the spans to store, numbered, by span id.
+
+        Raises:
+            _Outdated: The attempt's last sequence id is another. Nothing was changed.
+        """
+        rollout_id, attempt_id = key
+        fresh = [_fresh(append.spans, taken) for append in appends]
         sequence_ids: list[int] = []
 
         def receive(record: RolloutRecord) -> RolloutRecord:
-            nonlocal sequence_ids
-            if is_first and _can_have_spans(record, attempt_id):
-                raise _NotTheFirst
-            after, sequence_ids = transition(record, list(fresh.values()))
-            return after
+            if last_sequence_id not in (None, _last_sequence_id(record, attempt_id)):
+                raise _Outdated
+            sequence_ids.clear()
+            for append, spans in zip(appends, fresh, strict=True):
+                record, numbers = append.transition(record, spans)
+                sequence_ids.extend(numbers)
+            return record
 
-        try:
-            change = await self._rollouts.change(rollout_id, receive)
-        except _NotTheFirst:  # it was, a moment ago
-            return await self._receive(rollout_id, attempt_id, spans, transition)
+        change = await self._rollouts.change(rollout_id, receive)
         if change is None:
-            return None
+            return None, {}
+        spans = chain.from_iterable(fresh)
         numbered = {
             span.span_id: span._replace(sequence_id=sequence_id)
-            for span, sequence_id in zip(fresh.values(), sequence_ids, strict=True)
+            for span, sequence_id in zip(spans, sequence_ids, strict=True)
         }
         return RolloutChange(*change), numbered
 
-    async def _known(self, rollout_id: str, attempt_id: str, span_ids: Sequence[str]) -> set[str]:
+    async def _known(self, key: tuple[str, str], span_ids: Sequence[str]) -> set[str]:
         """Which of these spans the attempt has."""
+        rollout_id, attempt_id = key
         if not (is_text(rollout_id) and is_text(attempt_id)):
             return set()
-        condition = {**self._of(rollout_id), "attempt_id": attempt_id, "span_ids": {"$in": list(span_ids)}}
+        condition = {**self._of(rollout_id), "attempt_id": attempt_id, "span_ids": {"$in": span_ids}}
         found = await self._connection.run(
             lambda: self._collection.find(condition, {"span_ids": 1}).to_list()
         )
@@ -117,8 +190,9 @@ class MongoSpans:
     def _of(self, rollout_id: str) -> Document:
         return {"partition": self._partition, "rollout_id": rollout_id}
 
-    async def _store(self, rollout_id: str, attempt_id: str, spans: list[SpanRecord]) -> list[SpanRecord]:
+    async def _store(self, key: tuple[str, str], spans: list[SpanRecord]) -> list[SpanRecord]:
         """Store spans; returns those that another server was quicker to store."""
+        rollout_id, attempt_id = key
         left = spans
         while left:
             spill = Spill()
@@ -138,7 +212,7 @@ class MongoSpans:
                 await self._payloads.confirm(spill)
                 break
             await self._payloads.discard(spill)
-            known = await self._known(rollout_id, attempt_id, [span.span_id for span in left])
+            known = await self._known(key, [span.span_id for span in left])
             left = [span for span in left if span.span_id not in known]
         kept = {span.span_id for span in left}
         return [span for span in spans if span.span_id not in kept]
@@ -189,9 +263,28 @@ class MongoSpans:
         ]
 
 
-def _can_have_spans(record: RolloutRecord, attempt_id: str) -> bool:
+def _last_sequence_id(record: RolloutRecord, attempt_id: str) -> int:
+    """0: the attempt has no spans, for their numbers are taken before they are stored."""
     attempt = record.find_attempt(attempt_id)
-    return attempt is not None and attempt.last_span_sequence_id > 0  # taken before anything is stored
+    return 0 if attempt is None else attempt.last_span_sequence_id
+
+
+def _span_ids(appends: Iterable[_Append]) -> list[str]:
+    return [span.span_id for append in appends for span in append.spans]
+
+
+def _fresh(spans: Iterable[SpanRecord], taken: set[str]) -> list[SpanRecord]:
+    """The spans whose ids are not taken, each once; they are then."""
+    fresh = []
+    for span in spans:
+        if span.span_id not in taken:
+            taken.add(span.span_id)
+            fresh.append(span)
+    return fresh
+
+
+def _receipt(stored: SpanRecord | None) -> SpanReceipt:
+    return SpanReceipt(0, stored=False) if stored is None else SpanReceipt(stored.sequence_id, stored=True)
 
 
 def _batches(spans: Iterable[SpanRecord]) -> Iterator[list[SpanRecord]]:
