@@ -364,7 +364,7 @@ async def test_a_stopped_process_is_given_up_by_its_deadline(tmp_path: Path, con
     """A server that hangs, here by SIGSTOP, is unavailable like one that is gone."""
     process, address = await asyncio.to_thread(start_server, tmp_path)
     try:
-        client = connect(address, retry_delays=(), request_timeout=0.3)
+        client = connect(address, retry_delays=(), request_timeout=1.0)
         await client.statistics()
         os.kill(process.pid, signal.SIGSTOP)
         with pytest.raises(ConnectionError):
