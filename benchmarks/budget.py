@@ -1,4 +1,4 @@
-"""Part `budget`: the processor time of a call, layer by layer, which says what could be had at best."""
+"""Part `budget`: the processor time of a call, layer by layer."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ async def measure(rounds: int, n: int, step: Callable[[str], None]) -> Section:
         "budget",
         "Where the time of a call goes",
         f"Microseconds of processor time per call, 16 callers, {n:,} calls, medians of {rounds} rounds; they hardly "
-        "depend on what else the machine does. *Bare* is the echo with as many bytes. Of our server's time, *service* "
+        "depend on what else the machine does. *Bare* is the echo with as many bytes, one call after the other per "
+        "caller; ours share a stream, so that the transport is paid once for several. Of our server's time, *service* "
         "is what decoding, the verb on memory, and encoding take without gRPC; the rest is gRPC, and what is done "
         "around every call (repeats, limits, counters). With client and server on a core each, calls per second are "
-        "limited by the slower of them: *possible* is how near to the bare echo that lets our calls come, and *at "
-        "best* how near if the service took no time at all.",
+        "limited by the slower of them: *possible* is how many times the bare echo's rate that lets our calls reach.",
         [_row(name, medians) for name in CALLS],
     )
 
@@ -59,7 +59,6 @@ async def measure(rounds: int, n: int, step: Callable[[str], None]) -> Section:
 def _row(name: str, medians: dict[str, dict[str, float]]) -> Row:
     bare, ours_ = medians["bare"], medians["ours"]
     client, server = ours_[f"{name} client"], ours_[f"{name} server"]
-    service = medians["service"][name]
     limit = max(bare[f"{name} client"], bare[f"{name} server"])
     return Row(
         UNARY_ROWS[name],
@@ -69,8 +68,7 @@ def _row(name: str, medians: dict[str, dict[str, float]]) -> Row:
             "bare server": bare[f"{name} server"],
             "our client": client,
             "our server": server,
-            "service": service,
+            "service": medians["service"][name],
             "possible, of bare": limit / max(client, server),
-            "at best, of bare": limit / max(client, server - service),
         },
     )
