@@ -29,7 +29,7 @@ from lightning.testing.contract import (
 )
 
 PATIENCE_SECONDS = 60.0
-"""64 writers of one document wait for each other's majority commits, which a busy machine makes long."""
+"""A busy machine makes it long until a majority has committed."""
 
 
 class TestReplicaSet(ClockedStoreContractSuite, RunnerContract, ResumedWatchContract):
