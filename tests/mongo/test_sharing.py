@@ -243,6 +243,24 @@ async def test_spans_of_an_attempt_that_began_elsewhere_are_taken(open_store: Op
     assert await there.add_span(spans[1]) is None
 
 
+async def test_a_span_that_another_server_stored_is_a_duplicate(open_store: Opener) -> None:
+    """Also at a server that remembers what it stored for the attempt before."""
+    here, there = await open_store(), await open_store()
+    rollout = await here.start_rollout("task")
+    first, second, third = [make_span(rollout) for _ in range(3)]
+    assert [span.sequence_id for span in await here.add_many_spans([first])] == [1]
+    assert [span.sequence_id for span in await there.add_many_spans([second])] == [2]
+    assert [span.sequence_id for span in await here.add_many_spans([second, third])] == [3]
+    assert await there.add_span(third) is None
+    other = await here.start_rollout("task")
+    # with a sequence id of its own, the attempt's last one stays as it is
+    spans = [make_span(other), make_span(other).model_copy(update={"sequence_id": 1})]
+    assert await here.add_span(spans[0]) is not None
+    assert await there.add_span(spans[1]) is not None
+    assert await here.add_span(spans[1]) is None
+    assert len(await here.query_spans(other.rollout_id)) == 2
+
+
 async def test_sequence_ids_from_two_servers_are_never_the_same(open_store: Opener) -> None:
     stores = [await open_store(), await open_store()]
     rollout = await stores[0].start_rollout("task")

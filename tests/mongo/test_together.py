@@ -10,6 +10,7 @@ import pytest
 from server import Mongod
 
 from lightning.store.mongo import MongoLightningStore
+from lightning.store.persistence.mongo import spans as spans_module
 from lightning.store.persistence.mongo.backend import MongoPersistence
 from lightning.store.records import RolloutRecord
 from lightning.testing import make_span
@@ -91,3 +92,18 @@ async def test_spans_of_an_attempt(store: MongoLightningStore, mongod: Mongod) -
         span.span_id for span in spans
     ]
     assert writes(mongod, rollout.rollout_id) == 3
+
+
+async def test_spans_that_are_forgotten_are_duplicates_still(
+    store: MongoLightningStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spans_module, "_MAX_REMEMBERED_SPANS", 5)
+    rollouts = [await store.start_rollout(number) for number in range(3)]
+    batches = [[make_span(rollout) for _ in range(4)] for rollout in rollouts]
+    for batch in batches:
+        await store.add_many_spans(batch[:2])
+    for batch in batches:
+        stored = await store.add_many_spans(batch)
+        assert [(span.span_id, span.sequence_id) for span in stored] == [
+            (span.span_id, number) for number, span in enumerate(batch[2:], start=3)
+        ]
