@@ -25,9 +25,10 @@ APPLICATION_ID = 0x4C474E47
 """Marks a file as ours, in its header (`LGNG`)."""
 
 _SYNCHRONOUS: dict[Durability, str] = {"full": "FULL", "normal": "NORMAL"}
-_PAGE_BYTES = 4096
+_PAGE_BYTES = 8192
+"""Of new files: seven spans of a kilobyte fit, where a page half as large has room for three and wastes a quarter."""
 _WRITER_CACHE_KIBIBYTES = 65_536
-_CHECKPOINT_PAGES = 4096
+_CHECKPOINT_PAGES = 2048
 """How far the write-ahead log grows before it is worked into the file: 16 MiB, which a start reads in an instant."""
 _KEPT_LOG_BYTES = 32 * 1024 * 1024
 _LONG_LOG_BYTES = 64 * 1024 * 1024
