@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from lightningpb.v1 import rollout_pb2
-from pydantic import ValidationError
 
 from lightning.codec.building import build, construct, decode_object, encode_object
 from lightning.codec.enums import ATTEMPT_STATUS, ROLLOUT_MODE, ROLLOUT_STATUS
@@ -40,22 +39,19 @@ def config_to_proto(config: RolloutConfig) -> rollout_pb2.RolloutConfig:
 
 def config_from_proto(message: rollout_pb2.RolloutConfig) -> RolloutConfig:
     """Decode and check a rollout's config. Raises `ValueError` naming the field that is wrong."""
-    try:
-        return RolloutConfig(
-            timeout_seconds=message.timeout_seconds if message.HasField("timeout_seconds") else None,
-            unresponsive_seconds=message.unresponsive_seconds
+    return RolloutConfig.checked(
+        {
+            "timeout_seconds": message.timeout_seconds if message.HasField("timeout_seconds") else None,
+            "unresponsive_seconds": message.unresponsive_seconds
             if message.HasField("unresponsive_seconds")
             else None,
-            max_attempts=message.max_attempts or 1,
-            retry_condition=[
+            "max_attempts": message.max_attempts or 1,
+            "retry_condition": [
                 ATTEMPT_STATUS.to_word(status, "RolloutConfig.retry_condition")
                 for status in message.retry_condition
             ],
-        )
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(step) for step in first["loc"])
-        raise ValueError(f"RolloutConfig.{field} is {first['input']!r}: {first['msg']}") from None
+        }
+    )
 
 
 def mode_to_proto(mode: RolloutMode | None) -> rollout_pb2.RolloutMode.ValueType:

@@ -12,7 +12,7 @@ from random import Random
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from google.protobuf.message import Message
-from lightningpb.v1 import span_pb2, worker_pb2
+from lightningpb.v1 import rollout_pb2, span_pb2, worker_pb2
 from lightningpb.v1 import store_service_pb2 as pb
 
 from lightning import codec
@@ -24,7 +24,14 @@ from lightning.rpc.credentials import FilePath, find_credentials
 from lightning.rpc.options import ClientOptions
 from lightning.rpc.reads import RemoteReads
 from lightning.rpc.relay import RelayedConnection
-from lightning.store.arguments import check_count, check_requests, check_time, check_worker_id
+from lightning.store.arguments import (
+    check_count,
+    check_requests,
+    check_resources_id,
+    check_time,
+    check_worker_id,
+    config_record,
+)
 from lightning.store.numbers import check_revision
 from lightning.store.queries import check_wait
 from lightning.store.texts import check_ids, check_text
@@ -213,7 +220,7 @@ class LightningStoreClient(RemoteReads):
         worker_id: str | None = None,
     ) -> AttemptedRollout:
         check_worker_id(worker_id)
-        spec = codec.spec_to_proto(_spec(input, mode, resources_id, config, metadata))
+        spec = _spec_message(_spec(input, mode, resources_id, config, metadata))
         request = build(pb.StartRolloutRequest, request_id=_new_id(), spec=spec, worker_id=worker_id)
         return codec.attempted_rollout_from_proto((await self._call("StartRollout", request)).rollout)
 
@@ -229,7 +236,7 @@ class LightningStoreClient(RemoteReads):
 
     async def enqueue_many_rollouts(self, rollouts: Sequence[EnqueueRolloutRequest]) -> Sequence[Rollout]:
         check_requests(rollouts)
-        specs = [codec.spec_to_proto(rollout) for rollout in rollouts]
+        specs = [_spec_message(rollout) for rollout in rollouts]
         response = await self._call(
             "EnqueueRollouts", pb.EnqueueRolloutsRequest(request_id=_new_id(), specs=specs)
         )
@@ -380,6 +387,10 @@ class LightningStoreClient(RemoteReads):
         metadata: dict[str, Any] | None | Unset = UNSET,
     ) -> Rollout:
         check_text(rollout_id, "rollout_id")
+        if resources_id is not UNSET:
+            check_resources_id(resources_id)
+        if config is not UNSET:
+            config_record(config)
         request = codec.rollout_changes_to_proto(
             _new_id(),
             rollout_id,
@@ -449,7 +460,8 @@ class LightningStoreClient(RemoteReads):
         self, worker_id: str, *, instance_id: str | None = None, timeout: float | None = None
     ) -> Sequence[WorkerCommand]:
         wait = check_wait(timeout)
-        return await self._connect().receive_commands(check_text(worker_id, "worker_id"), instance_id, wait)
+        check_worker_id(worker_id, required=True)
+        return await self._connect().receive_commands(worker_id, instance_id, wait)
 
     async def send_command(self, command: WorkerCommand, worker_id: str | None = None) -> int:
         request = build(
@@ -474,10 +486,16 @@ def _spec(
     config: RolloutConfig | None,
     metadata: dict[str, Any] | None,
 ) -> EnqueueRolloutRequest:
-    # not validated here: the codec refuses what is wrong in the same words as a local store
+    # not validated here, but where it is sent, in the same words as a local store
     return EnqueueRolloutRequest.model_construct(
         input=input, mode=mode, resources_id=resources_id, config=config, metadata=metadata
     )
+
+
+def _spec_message(spec: EnqueueRolloutRequest) -> rollout_pb2.RolloutSpec:
+    check_resources_id(spec.resources_id)
+    config_record(spec.config)
+    return codec.spec_to_proto(spec)
 
 
 def _claimed(response: pb.DequeueRolloutsResponse) -> list[AttemptedRollout]:

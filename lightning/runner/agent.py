@@ -366,6 +366,7 @@ class AgentRunner:
     # --- Being told --------------------------------------------------------------------------------------------
 
     async def _listen(self) -> None:
+        """No error ends it: another stream of this process's, such as one that a proxy doubled, may come and go."""
         backoff = Backoff()
         while True:
             try:
@@ -374,11 +375,14 @@ class AgentRunner:
                 )
             except STORE_AWAY:  # the loop that claims says so
                 await backoff.sleep()
-            except Exception:
-                logger.exception(
-                    "worker %s no longer listens for commands; heartbeats still bring them", self.worker_id
+            except Exception as error:  # noqa: BLE001  # said once, or it would be said at every heartbeat
+                backoff.log_first(
+                    logger,
+                    "worker %s cannot listen, heartbeats still bring cancels: %r",
+                    self.worker_id,
+                    error,
                 )
-                return
+                await asyncio.sleep(self._heartbeat_interval)
             else:
                 backoff.recovered()
                 for command in commands:

@@ -10,6 +10,7 @@ from lightning.store.numbers import check_count as check_count
 from lightning.store.numbers import check_time as check_time
 from lightning.store.records import ConfigRecord
 from lightning.store.texts import check_text
+from lightning.store.texts import check_worker_id as check_worker_id
 from lightning.types import EnqueueRolloutRequest, RolloutConfig
 
 ROLLOUT_STATUSES = ("queuing", "preparing", "running", "succeeded", "failed", "requeuing", "cancelled")
@@ -35,6 +36,10 @@ def unknown_resources(resources_id: str) -> UnknownIdError:
     return UnknownIdError(f"unknown resources {quote(resources_id)}")
 
 
+def check_resources_id(resources_id: Any) -> str | None:
+    return None if resources_id is None else check_text(resources_id, "resources_id")
+
+
 def config_record(config: RolloutConfig | None) -> ConfigRecord:
     if config is not None and not isinstance(config, RolloutConfig):
         raise TypeError(f"config must be a RolloutConfig, not {type(config).__name__}")
@@ -57,11 +62,3 @@ def require_choice(value: Any, choices: Sequence[str], name: str) -> Any:
 
 def check_choice(value: Any, choices: Sequence[str], name: str) -> Any:
     return None if value is None else require_choice(value, choices, name)
-
-
-def check_worker_id(worker_id: Any, required: bool = False) -> Any:
-    if worker_id is None and not required:
-        return None
-    if not isinstance(worker_id, str) or not worker_id:
-        raise ValueError(f"worker_id must be a non-empty string, not {worker_id!r}")
-    return check_text(worker_id, "worker_id")

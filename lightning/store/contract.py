@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from lightning.store.mailbox import WorkerMailboxes
 from lightning.store.numbers import check_count, check_revision, check_wait
 from lightning.store.polling import RevisionGoneError, poll_rollouts
-from lightning.store.texts import check_ids, check_text
+from lightning.store.texts import check_ids, check_worker_id
 from lightning.types import (
     UNSET,
     Attempt,
@@ -513,10 +513,10 @@ class LightningStore(ABC):
             The commands that arrived, oldest first; nothing when `timeout` seconds have passed (None: no limit).
 
         Raises:
-            ValueError: `timeout` is negative or NaN.
+            ValueError: `timeout` is negative or NaN, or `worker_id` no name.
         """
         return await self._mailboxes.receive(
-            check_text(worker_id, "worker_id"), instance_id, check_wait(timeout)
+            check_worker_id(worker_id, required=True), instance_id, check_wait(timeout)
         )
 
     async def send_command(self, command: WorkerCommand, worker_id: str | None = None) -> int:

@@ -49,7 +49,7 @@ class ConfigRecord:
         """Raises `ValueError` if the fields were set to something invalid after the config was made."""
         if config is None:
             return _intern_config(None, None, 1, ())
-        checked = RolloutConfig.model_validate(config.model_dump())
+        checked = RolloutConfig.checked(config.model_dump())
         return _intern_config(
             checked.timeout_seconds,
             checked.unresponsive_seconds,

@@ -19,6 +19,15 @@ def check_text(text: Any, name: str) -> str:
     return text
 
 
+def check_worker_id(worker_id: Any, required: bool = False) -> Any:
+    """Raises `ValueError` unless `worker_id` is a name, or None where none is `required`."""
+    if worker_id is None and not required:
+        return None
+    if not isinstance(worker_id, str) or not worker_id:
+        raise ValueError(f"worker_id must be a non-empty string, not {worker_id!r}")
+    return check_text(worker_id, "worker_id")
+
+
 def as_list(values: Iterable[T], name: str) -> list[T]:
     """`values` as a list. Raises `ValueError` for a string, which is one of its characters too, but never meant so."""
     if isinstance(values, str):

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, ValidationError
 
 RolloutStatus = Literal["queuing", "preparing", "running", "succeeded", "failed", "requeuing", "cancelled"]
 AttemptStatus = Literal["preparing", "running", "succeeded", "failed", "timeout", "unresponsive", "cancelled"]
 RolloutMode = Literal["train", "val", "test"]
+
+
+_MOST_ATTEMPTS = 2**32 - 1
+"""What the wire has room for."""
 
 
 class RolloutConfig(BaseModel):
@@ -19,10 +23,20 @@ class RolloutConfig(BaseModel):
     unresponsive_seconds: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     """Longest silence (no span, no heartbeat) before an attempt is closed as `unresponsive`. None: no limit. An attempt
     that is found to be past both limits is closed as `timeout`."""
-    max_attempts: int = Field(default=1, ge=1)
+    max_attempts: int = Field(default=1, ge=1, le=_MOST_ATTEMPTS)
     """Attempts in all, the first one included."""
     retry_condition: list[AttemptStatus] = Field(default_factory=list)
     """Ends of an attempt after which the rollout is queued again: any of failed, timeout, unresponsive."""
+
+    @classmethod
+    def checked(cls, fields: dict[str, Any]) -> RolloutConfig:
+        """A config of these fields. Raises `ValueError` naming the first that is wrong, in one line."""
+        try:
+            return cls.model_validate(fields)
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(str(step) for step in first["loc"])
+            raise ValueError(f"RolloutConfig.{field} is {first['input']!r}: {first['msg']}") from None
 
 
 class Attempt(BaseModel):

@@ -400,6 +400,28 @@ async def test_work_that_outlasts_the_grace_is_interrupted_and_given_back(store:
     assert left.attempt.metadata == {"interrupted": "its runner was stopped"}
 
 
+async def test_a_worker_that_could_not_listen_listens_again(store: UnreliableStore) -> None:
+    class Superseding(UnreliableStore):
+        superseded = False
+
+        async def receive_commands(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+            if not self.superseded:
+                self.superseded = True
+                raise RuntimeError("this worker's session was ended: the same process opened another stream")
+            return await super().receive_commands(*args, **kwargs)
+
+    superseding = Superseding(store)
+    runner = AgentRunner(store=superseding, agent=lambda task: None, heartbeat_interval=0.05)
+    work = asyncio.create_task(runner.run())
+
+    async def drain() -> None:
+        while not await store.send_command(Drain(reason="test"), runner.worker_id):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
+    await asyncio.wait_for(drain(), DEADLINE_SECONDS)
+    await asyncio.wait_for(work, DEADLINE_SECONDS)
+
+
 async def test_a_drain_lets_work_end_and_takes_no_more(store: UnreliableStore) -> None:
     begun, go_on = asyncio.Event(), asyncio.Event()
 

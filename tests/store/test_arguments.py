@@ -19,6 +19,7 @@ from lightning.store import (
     SQLiteLightningStore,
 )
 from lightning.testing.records import make_span
+from lightning.types import RolloutConfig
 
 pytestmark = pytest.mark.anyio
 
@@ -164,7 +165,47 @@ BAD_CALLS: dict[str, tuple[type[Exception], str, Call]] = {
         "timeout must be None or a number of seconds, 0 or more, not nan",
         lambda store: store.receive_commands("worker", timeout=math.nan),
     ),
+    "commands for a worker without a name": (
+        ValueError,
+        "worker_id must be a non-empty string, not ''",
+        lambda store: store.receive_commands("", timeout=0),
+    ),
+    "a number for resources to run against": (
+        TypeError,
+        "resources_id must be a string, not int",
+        lambda store: store.enqueue_rollout("task", resources_id=3),
+    ),
+    "a number for resources to start with": (
+        TypeError,
+        "resources_id must be a string, not int",
+        lambda store: store.start_rollout("task", resources_id=3),
+    ),
+    "a number for other resources": (
+        TypeError,
+        "resources_id must be a string, not int",
+        lambda store: store.update_rollout("ro-1", resources_id=3),
+    ),
+    "more attempts than go over the wire": (
+        ValueError,
+        f"RolloutConfig.max_attempts is {2**32}: Input should be less than or equal to {2**32 - 1}",
+        lambda store: store.enqueue_rollout("task", config=_config(max_attempts=2**32)),
+    ),
+    "no attempt at all": (
+        ValueError,
+        "RolloutConfig.max_attempts is 0: Input should be greater than or equal to 1",
+        lambda store: store.start_rollout("task", config=_config(max_attempts=0)),
+    ),
+    "an end before the beginning": (
+        ValueError,
+        "RolloutConfig.timeout_seconds is -1: Input should be greater than 0",
+        lambda store: store.update_rollout("ro-1", config=_config(timeout_seconds=-1)),
+    ),
 }
+
+
+def _config(**changes: Any) -> RolloutConfig:
+    """A config that was made wrong after it was checked."""
+    return RolloutConfig().model_copy(update=changes)
 
 
 async def test_wrong_arguments_are_named_and_change_nothing(store: LightningStore) -> None:
@@ -173,7 +214,15 @@ async def test_wrong_arguments_are_named_and_change_nothing(store: LightningStor
             await call(store)
         assert isinstance(caught.value, kind), f"{case}: {caught.value!r}"
         assert re.match(message, str(caught.value)), f"{case}: {caught.value!r}"
-    assert (await store.statistics())["total_workers"] == 0
+    statistics = await store.statistics()
+    assert (statistics["total_workers"], statistics["total_rollouts"]) == (0, 0)
+
+
+async def test_as_many_attempts_as_go_over_the_wire(store: LightningStore) -> None:
+    rollout = await store.enqueue_rollout("task", config=RolloutConfig(max_attempts=2**32 - 1))
+    assert rollout.config.max_attempts == 2**32 - 1
+    with pytest.raises(ValueError, match=f"less than or equal to {2**32 - 1}"):
+        RolloutConfig(max_attempts=2**32)
 
 
 async def test_the_largest_numbers_are_as_good_as_none(store: LightningStore) -> None:
