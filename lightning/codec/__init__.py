@@ -7,7 +7,7 @@ naming the path; decoding raises `ValueError` for what no honest peer sends. Not
 from __future__ import annotations
 
 from lightning.codec.attributes import MAX_ATTRIBUTE_DEPTH, read_attributes, write_attributes
-from lightning.codec.batches import batch_request
+from lightning.codec.batches import batch_request, chunked
 from lightning.codec.building import DecodedLater, build, decode_many, decode_object, encode_object
 from lightning.codec.enums import (
     ATTEMPT_STATUS,
@@ -93,6 +93,7 @@ __all__ = [
     "capabilities_from_proto",
     "capabilities_to_proto",
     "check_span",
+    "chunked",
     "command_from_proto",
     "command_to_proto",
     "config_from_proto",

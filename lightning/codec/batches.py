@@ -1,8 +1,13 @@
-"""Batches of spans put together from spans that are encoded already: what a client keeps and sends is bytes."""
+"""Messages put together from parts that are encoded already: each is copied once, and none parsed.
+
+On the wire a message within a message is its field, its length and its bytes, and a repeated field is one such after
+the other: https://protobuf.dev/programming-guides/encoding/#repeated
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
 
 from lightningpb.v1 import store_service_pb2 as pb
 
@@ -12,19 +17,46 @@ _SPANS_FIELD = pb.StreamSpansRequest.Batch.SPANS_FIELD_NUMBER
 
 
 def batch_request(batch_sequence: int, spans: Iterable[bytes]) -> bytes:
-    """A serialised `StreamSpansRequest` with a batch. Copies each span once, and parses none."""
+    """A serialised `StreamSpansRequest` with a batch of serialised spans."""
     parts = [pb.StreamSpansRequest.Batch(batch_sequence=batch_sequence).SerializeToString()]
     for span in spans:
-        parts.append(_header(_SPANS_FIELD, len(span)))
-        parts.append(span)
+        parts += (_header(_SPANS_FIELD, len(span)), span)
     return _header(_REQUEST_FIELD, sum(map(len, parts))) + b"".join(parts)
 
 
+def chunked(start: bytes, field: int, items: Iterable[bytes], limit_bytes: int) -> Iterator[bytes]:
+    """Serialised messages that hold `items`, serialised too, in a repeated field.
+
+    Args:
+        start: What else the first of the messages holds, serialised.
+        field: The number of the field.
+        items: What to put there.
+        limit_bytes: A message gets items of at most so many bytes, unless a single one is larger.
+
+    Yields:
+        At least one message.
+    """
+    parts: list[bytes] = []
+    size_bytes = 0
+    for item in items:
+        if parts and size_bytes + len(item) > limit_bytes:
+            yield b"".join((start, *parts))
+            start, parts, size_bytes = b"", [], 0
+        parts += (_header(field, len(item)), item)
+        size_bytes += len(item)
+    yield b"".join((start, *parts))
+
+
+@lru_cache(maxsize=4096)
 def _header(field: int, length: int) -> bytes:
     """What stands before a message within a message: the field, and how many bytes follow."""
-    header = bytearray([field << 3 | _LENGTH_DELIMITED])
-    while length > 0x7F:
-        header.append(length & 0x7F | 0x80)
-        length >>= 7
-    header.append(length)
-    return bytes(header)
+    return _varint(field << 3 | _LENGTH_DELIMITED) + _varint(length)
+
+
+def _varint(number: int) -> bytes:
+    encoded = bytearray()
+    while number > 0x7F:
+        encoded.append(number & 0x7F | 0x80)
+        number >>= 7
+    encoded.append(number)
+    return bytes(encoded)

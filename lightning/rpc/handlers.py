@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 _FIRST_CLAIM = 8
 """How many rollouts are claimed before looking at how large they are."""
+_CHUNK_BYTES = 1024 * 1024
+"""How much of a query's result goes into one message, unless a single record is larger."""
 _ANSWER_PARTS = 4
 """Answers that may be cut short are cut at this part of the largest message."""
 
@@ -49,9 +51,17 @@ class Found:
     """What a query found, and how it is sent."""
 
     result: PaginatedResult[Any]
-    response: type[Message]
+    response: Any
+    """The class of the messages."""
     field: str
-    encode: Callable[[Any], Message]
+    """Where the records are in them."""
+    encode: Callable[[Any], bytes]
+
+    def messages(self) -> Iterator[bytes]:
+        """The serialised messages that it is sent in: at least one, which says how much was found."""
+        start = self.response(page_info=codec.page_info_to_proto(self.result)).SerializeToString()
+        field: int = self.response.DESCRIPTOR.fields_by_name[self.field].number
+        return codec.chunked(start, field, map(self.encode, self.result.items), _CHUNK_BYTES)
 
 
 class QueryHandler(Protocol):
@@ -300,12 +310,12 @@ async def query_rollouts(service: StoreService, request: pb.QueryRolloutsRequest
         filter_logic=_filter_logic(request),
         **codec.page_from_proto(request.page),
     )
-    return Found(result, pb.QueryRolloutsResponse, "rollouts", codec.rollout_to_proto)
+    return Found(result, pb.QueryRolloutsResponse, "rollouts", _and_serialise(codec.rollout_to_proto))
 
 
 async def query_attempts(service: StoreService, request: pb.QueryAttemptsRequest) -> Found:
     result = await service.store.query_attempts(request.rollout_id, **codec.page_from_proto(request.page))
-    return Found(result, pb.QueryAttemptsResponse, "attempts", codec.attempt_to_proto)
+    return Found(result, pb.QueryAttemptsResponse, "attempts", _and_serialise(codec.attempt_to_proto))
 
 
 _SPAN_CONDITIONS = tuple(
@@ -324,10 +334,10 @@ async def query_spans(service: StoreService, request: pb.QuerySpansRequest) -> F
     }
     if isinstance(store, StoreEngine) and type(store).query_spans is StoreEngine.query_spans:
         # it keeps spans encoded as they are sent
-        found = await store.find_span_messages(request.rollout_id, attempt_id, SpanQuery.of(**which))
-        return Found(found, pb.QuerySpansResponse, "spans", lambda message: message)
+        found = await store.find_span_records(request.rollout_id, attempt_id, SpanQuery.of(**which))
+        return Found(found, pb.QuerySpansResponse, "spans", SpanRecord.to_bytes)
     result = await store.query_spans(request.rollout_id, attempt_id, **which)
-    return Found(result, pb.QuerySpansResponse, "spans", codec.span_to_proto)
+    return Found(result, pb.QuerySpansResponse, "spans", _and_serialise(codec.span_to_proto))
 
 
 async def query_resources(service: StoreService, request: pb.QueryResourcesRequest) -> Found:
@@ -336,7 +346,7 @@ async def query_resources(service: StoreService, request: pb.QueryResourcesReque
         resources_id_contains=_given(request, "resources_id_contains"),
         **codec.page_from_proto(request.page),
     )
-    return Found(result, pb.QueryResourcesResponse, "updates", codec.update_to_proto)
+    return Found(result, pb.QueryResourcesResponse, "updates", _and_serialise(codec.update_to_proto))
 
 
 async def query_workers(service: StoreService, request: pb.QueryWorkersRequest) -> Found:
@@ -346,7 +356,7 @@ async def query_workers(service: StoreService, request: pb.QueryWorkersRequest) 
         filter_logic=_filter_logic(request),
         **codec.page_from_proto(request.page),
     )
-    return Found(result, pb.QueryWorkersResponse, "workers", codec.worker_to_proto)
+    return Found(result, pb.QueryWorkersResponse, "workers", _and_serialise(codec.worker_to_proto))
 
 
 UNARY_HANDLERS: dict[str, UnaryHandler] = {
@@ -380,6 +390,10 @@ QUERY_HANDLERS: dict[str, QueryHandler] = {
     "QueryResources": query_resources,
     "QueryWorkers": query_workers,
 }
+
+
+def _and_serialise(encode: Callable[[Any], Message]) -> Callable[[Any], bytes]:
+    return lambda record: encode(record).SerializeToString()
 
 
 def _given(request: Message, field: str) -> Any:

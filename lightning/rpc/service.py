@@ -20,7 +20,6 @@ from google.protobuf.message_factory import GetMessageClass
 from grpc.aio import ServicerContext
 from lightningpb.v1 import store_service_pb2 as pb
 
-from lightning import codec
 from lightning.rpc.errors import (
     Failure,
     LimitExceededError,
@@ -28,7 +27,7 @@ from lightning.rpc.errors import (
     abort,
     to_failure,
 )
-from lightning.rpc.handlers import QUERY_HANDLERS, UNARY_HANDLERS, Found, QueryHandler, UnaryHandler
+from lightning.rpc.handlers import QUERY_HANDLERS, UNARY_HANDLERS, QueryHandler, UnaryHandler
 from lightning.rpc.options import ServerLimits
 from lightning.rpc.otlp import OTLP_HANDLERS, OTLP_SERVICE
 from lightning.rpc.repeats import Outcome, RepeatTable
@@ -52,12 +51,9 @@ SERVED = (SERVICE_NAME, OTLP_SERVICE.full_name)
 _MAX_REQUEST_ID_LENGTH = 256
 """Clients choose their request ids, and the server keeps them for a while."""
 
-_CHUNK_BYTES = 1024 * 1024
-"""How much of a query's result goes into one message, unless a single record is larger."""
 
-
-async def _found(query: QueryHandler, service: StoreService, request: Any) -> AsyncGenerator[Message, None]:
-    for message in _chunks(await query(service, request)):
+async def _found(query: QueryHandler, service: StoreService, request: Any) -> AsyncGenerator[bytes, None]:
+    for message in (await query(service, request)).messages():
         yield message
 
 
@@ -70,9 +66,9 @@ class StreamHandler(Protocol):
 
 
 class AnswerHandler(Protocol):
-    """One request, many responses."""
+    """One request, many responses, or serialised ones."""
 
-    def __call__(self, service: StoreService, request: Any, /) -> AsyncGenerator[Message, None]: ...
+    def __call__(self, service: StoreService, request: Any, /) -> AsyncGenerator[Message | bytes, None]: ...
 
 
 ANSWER_HANDLERS: dict[str, AnswerHandler] = {
@@ -311,8 +307,8 @@ class StoreService:
                     await context.write(response)
             await abort(context, failure)
 
-    def _serialised(self, message: Message) -> bytes:
-        data = message.SerializeToString()
+    def _serialised(self, message: Message | bytes) -> bytes:
+        data = message if isinstance(message, bytes) else message.SerializeToString()
         if len(data) > self.limits.max_message_bytes:
             raise LimitExceededError(
                 f"the answer has {len(data)} bytes, more than the {self.limits.max_message_bytes} that the server may "
@@ -331,23 +327,6 @@ class StoreService:
             self._in_flight -= 1
             if not self._in_flight:
                 self._idle.set()
-
-
-def _chunks(found: Found) -> Iterator[Message]:
-    """The messages that a query's result is sent in: at least one, which says how much was found."""
-    message: Any = found.response(page_info=codec.page_info_to_proto(found.result))
-    items = getattr(message, found.field)
-    size_bytes = 0
-    for item in found.result.items:
-        encoded = found.encode(item)
-        size_bytes += encoded.ByteSize()
-        if size_bytes > _CHUNK_BYTES and items:
-            yield message
-            message = found.response()
-            items = getattr(message, found.field)
-            size_bytes = encoded.ByteSize()
-        items.append(encoded)
-    yield message
 
 
 def _request_class(of: ServiceDescriptor, method: str) -> type[Message]:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from lightning.store.contract import FilterLogic, SortOrder
 from lightning.store.numbers import check_wait as check_wait
 from lightning.store.numbers import is_count
-from lightning.store.records import RolloutRecord
+from lightning.store.records import RolloutRecord, SpanRecord
 from lightning.store.texts import as_list, check_text
 from lightning.types import PaginatedResult
 
@@ -175,9 +176,9 @@ def _holds(field: str, part: str) -> Callable[[Any], bool]:
 
 @dataclass(frozen=True)
 class SpanQuery:
-    """Which spans of a rollout, and in which order; for spans as they rest, as messages."""
+    """Which spans of a rollout, and in which order; for spans as they rest, encoded."""
 
-    filters: Filters[SpanFields]
+    filters: Filters[_StoredSpan]
     page: Page
 
     @classmethod
@@ -200,25 +201,47 @@ class SpanQuery:
         contained = {name.removesuffix(_CONTAINS): value for name, value in held.items()}
         return cls(Filters.of(field_conditions(exact, contained), filter_logic), page)
 
-    def select(self, messages: Iterable[span_pb2.Span]) -> PaginatedResult[span_pb2.Span]:
-        """Those of `messages`, which come attempt by attempt, that are asked for."""
-        found = self.page.result(fields for fields in map(SpanFields, messages) if self.filters.match(fields))
-        return self.page.paginated([fields.message for fields in found], found.total)
+    def select(
+        self, records: Iterable[SpanRecord], attempts: Mapping[str, int]
+    ) -> PaginatedResult[SpanRecord]:
+        """Those of `records` that are asked for; in the order of `attempts`, if no other is."""
+        found = self.page.result(filter(self.filters.match, _in_order(map(_StoredSpan, records), attempts)))
+        return self.page.paginated([span.record for span in found], found.total)
 
 
-class SpanFields:
-    """A span's message, as conditions and orders see it: None for what the span does not have."""
+class _StoredSpan:
+    """A stored span, as conditions and orders see it: None for what the span does not have.
 
-    __slots__ = ("message",)
+    Most queries ask for no more than its record tells, and that is known without decoding it.
+    """
 
-    def __init__(self, message: span_pb2.Span) -> None:
-        self.message = message
+    def __init__(self, record: SpanRecord) -> None:
+        self.record = record
+        self.attempt_id = record.attempt_id
+        self.span_id = record.span_id
+        self.sequence_id = record.sequence_id
+
+    @cached_property
+    def _message(self) -> span_pb2.Span:
+        return self.record.to_message()
 
     def __getattr__(self, name: str) -> Any:
-        message: Any = self.message
+        message: Any = self._message
         return (
             None if name in _OPTIONAL_SPAN_FIELDS and not message.HasField(name) else getattr(message, name)
         )
+
+
+def _in_order(spans: Iterable[_StoredSpan], attempts: Mapping[str, int]) -> list[_StoredSpan]:
+    """Attempt by attempt, and by number; those that were given the same number, by time."""
+
+    def place(span: _StoredSpan) -> tuple[int, int]:
+        return attempts[span.attempt_id], span.sequence_id
+
+    ordered = sorted(spans, key=place)
+    if len(set(map(place, ordered))) < len(ordered):
+        ordered.sort(key=lambda span: (*place(span), span.start_time or 0.0, span.end_time or 0.0))
+    return ordered
 
 
 def check_members(values: Sequence[Any] | None, allowed: Sequence[str], name: str) -> frozenset[Any] | None:

@@ -6,10 +6,7 @@ import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 
-from lightningpb.v1 import span_pb2
-
 from lightning.codec.building import decode_many
-from lightning.codec.spans import span_from_proto
 from lightning.store import lifecycle
 from lightning.store.arguments import (
     ROLLOUT_STATUSES,
@@ -36,6 +33,7 @@ from lightning.store.queries import (
 )
 from lightning.store.records import (
     ResourcesRecord,
+    SpanRecord,
     WorkerRecord,
 )
 from lightning.store.texts import check_ids, check_text
@@ -166,12 +164,12 @@ class ReadingVerbs(EngineCore):
             sort_by=sort_by,
             sort_order=sort_order,
         )
-        found = await self.find_span_messages(rollout_id, attempt_id, query)
-        return query.page.paginated(decode_many(span_from_proto, found), found.total)
+        found = await self.find_span_records(rollout_id, attempt_id, query)
+        return query.page.paginated(decode_many(SpanRecord.to_span, found), found.total)
 
-    async def find_span_messages(
+    async def find_span_records(
         self, rollout_id: str, attempt_id: str | None, query: SpanQuery
-    ) -> PaginatedResult[span_pb2.Span]:
+    ) -> PaginatedResult[SpanRecord]:
         """`query_spans`, for who wants them encoded."""
         await self._enter()
         record = await self._require_rollout(rollout_id)
@@ -183,10 +181,7 @@ class ReadingVerbs(EngineCore):
                 raise unknown_attempt(rollout_id, attempt_id)
             attempts = () if attempt is None else (attempt,)
         found = await self._persistence.find_spans(rollout_id, [attempt.attempt_id for attempt in attempts])
-        order = {attempt.attempt_id: attempt.sequence_id for attempt in attempts}
-        messages = [span.to_message() for span in found]
-        messages.sort(key=lambda m: (order[m.attempt_id], m.sequence_id, m.start_time, m.end_time))
-        return query.select(messages)
+        return query.select(found, {attempt.attempt_id: attempt.sequence_id for attempt in attempts})
 
     async def query_resources(
         self,

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from lightningpb.v1 import span_pb2
 
 from lightning.codec.building import construct
-from lightning.codec.spans import decode_span, encode_span, parse_span
+from lightning.codec.spans import decode_span, encode_span, parse_span, renumber_span
 from lightning.types import (
     Attempt,
     AttemptedRollout,
@@ -198,6 +198,10 @@ class SpanRecord(NamedTuple):
     def to_message(self) -> span_pb2.Span:
         """A fresh message, with the number that the span has here."""
         return parse_span(self.payload, self.sequence_id)
+
+    def to_bytes(self) -> bytes:
+        """`to_message`, encoded."""
+        return renumber_span(self.payload, self.sequence_id)
 
     def to_span(self) -> Span:
         """A fresh `Span`."""
