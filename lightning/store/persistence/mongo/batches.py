@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Hashable, Sequence
 from functools import partial
 from typing import Generic, TypeVar
 
-from lightning.store.persistence.abc import BackendUnavailableError
+from lightning.store.persistence.abc import BackendError
 
 KeyT = TypeVar("KeyT", bound=Hashable)
 ItemT = TypeVar("ItemT")
@@ -22,7 +22,9 @@ class Batcher(Generic[ItemT, ResultT]):
     belongs to one event loop.
 
     Args:
-        perform: Does a batch; returns a result per item, in order. Doing an item twice must have the effect of once.
+        perform: Does a batch; returns a result per item, in order. What it raises, unless it is a `BackendError`, is
+            one item's fault, so each is done again by itself: until then nothing must have happened that must not
+            happen twice.
         max_items: The size of a batch.
         max_batches: How many may be under way at once.
         idle: Is called when there is nothing to do any more.
@@ -82,7 +84,7 @@ class Batcher(Generic[ItemT, ResultT]):
         try:
             results = await self._perform([item for item, _ in batch])
         except Exception as error:  # noqa: BLE001  # it is the callers'
-            if len(batch) > 1 and not isinstance(error, BackendUnavailableError):
+            if len(batch) > 1 and not isinstance(error, BackendError):
                 for one in batch:  # the fault is in one of them: the others must not suffer for it
                     await self._settle([one])
                 return

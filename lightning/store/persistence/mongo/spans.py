@@ -28,7 +28,8 @@ _BATCH_BYTES = 8 * 1024 * 1024
 _BATCH_SPANS = 1000
 _MAX_INSERTS_AT_ONCE = 64
 _MAX_APPENDS_AT_ONCE = 64
-_MAX_REMEMBERED_SPANS = 100_000
+_MAX_REMEMBERED_SPANS = 50_000
+"""Some 25 MB, if each of them is the only one of its attempt."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class _Append:
     transition: SpanTransition
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Stored:
     """All spans that an attempt has, as far as the last of its sequence ids tells."""
 
@@ -99,7 +100,8 @@ class MongoSpans:
             for span in await self._store(key, batch):
                 del numbered[span.span_id]
         if stored is not None:
-            self._remember(key, _Stored(_last_sequence_id(change.after, key[1]), stored.span_ids))
+            stored.last_sequence_id = _last_sequence_id(change.after, key[1])
+            self._remember(key, stored)
         results = []
         for append in appends:
             results.append((change, [_receipt(numbered.pop(span.span_id, None)) for span in append.spans]))
