@@ -236,11 +236,12 @@ class MongoPersistence(Persistence):
                     for worker_id, transitions in by_worker.items()
                 )
             )
-            looked = await asyncio.gather(*(self.get_rollout(after.rollout_id) for after in held))
+            rollouts = self._session.rollouts
+            changed = await asyncio.gather(
+                *(rollouts.get_if_changed(after.rollout_id, after) for after in held)
+            )
             pending = [
-                (after, current)
-                for after, current in zip(held, looked, strict=True)
-                if current is not None and current.revision != after.revision
+                (after, current) for after, current in zip(held, changed, strict=True) if current is not None
             ]
 
     async def find_rollouts(self, query: RolloutQuery) -> tuple[list[RolloutRecord], int]:

@@ -107,13 +107,14 @@ class MongoRecords(Generic[RecordT]):
         self._changes = KeyedBatcher(self._change_together, max_items=_MAX_CHANGES_AT_ONCE)
         self._swaps = Batcher(self._swap_batch, max_items=_MAX_SWAPS_AT_ONCE)
         self._reads: Batcher[str, Document | None] = Batcher(self._read_batch, max_items=_MAX_READS_AT_ONCE)
+        self._looks: Batcher[str, Document | None] = Batcher(self._look_batch, max_items=_MAX_READS_AT_ONCE)
         self._known: OrderedDict[str, Read[RecordT]] = OrderedDict()
         """As this server left them. Others may have changed them since; a swap finds out."""
         self._inserts = Batcher(self._insert_batch, max_items=_MAX_INSERTS_AT_ONCE)
 
     async def close(self) -> None:
         """Wait for what is under way."""
-        for batcher in (self._changes, self._swaps, self._reads, self._inserts):
+        for batcher in (self._changes, self._swaps, self._reads, self._looks, self._inserts):
             await batcher.close()
 
     # --- Reading ---
@@ -122,6 +123,12 @@ class MongoRecords(Generic[RecordT]):
         """One record, or None."""
         read = await self.read(record_id)
         return None if read is None else read.record
+
+    async def get_if_changed(self, record_id: str, stored: RecordT) -> RecordT | None:
+        """The record, if it is not as it was stored any more; None also if it is gone. For forms that have marks."""
+        marks = await self._looks.do(record_id)
+        unchanged = marks is None or self._form.stored(stored, marks) == stored
+        return None if unchanged else await self.get(record_id)
 
     async def get_many(self, record_ids: Sequence[str]) -> dict[str, RecordT]:
         """Those of these records that exist, by id."""
@@ -172,6 +179,10 @@ class MongoRecords(Generic[RecordT]):
 
     async def _read_batch(self, record_ids: list[str]) -> list[Document | None]:
         return await self._connection.persist(lambda: self._find(record_ids))
+
+    async def _look_batch(self, record_ids: list[str]) -> list[Document | None]:
+        keys = [self._form.key(record_id) for record_id in record_ids]
+        return await self._connection.persist(lambda: self._marks(keys))
 
     async def _find(self, record_ids: list[str]) -> list[Document | None]:
         keys = [self._form.key(record_id) for record_id in record_ids]
