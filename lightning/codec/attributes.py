@@ -9,17 +9,29 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from lightningpb.v1 import span_pb2
+
 from lightning.types import Attributes
 from lightning.types.payload import PathStep, path_text
 
 if TYPE_CHECKING:
     from google.protobuf.internal.containers import RepeatedCompositeFieldContainer
-    from lightningpb.v1 import span_pb2
 
 MAX_ATTRIBUTE_DEPTH = 24
 """Levels of sequences and maps: what still fits into the 100 levels of messages that protobuf parsers accept."""
 
 
+_LENGTH_DELIMITED = 2
+_LEVELS = [
+    bytes([field << 3 | _LENGTH_DELIMITED])
+    for field in (
+        span_pb2.AttributeValue.ARRAY_VALUE_FIELD_NUMBER,
+        span_pb2.AttributeValue.KVLIST_VALUE_FIELD_NUMBER,
+    )
+]
+"""What stands before a sequence and before a map."""
+_QUICK_LOOK_BYTES = 4096
+"""To count in more than this takes as long as to look at the attributes."""
 _SCALARS = frozenset({"string_value", "bool_value", "int_value", "double_value", "bytes_value"})
 
 
@@ -72,6 +84,18 @@ def read_attributes(source: RepeatedCompositeFieldContainer[span_pb2.Attribute])
             value.string_value if member == "string_value" else _read_member(value, member)
         )
     return attributes
+
+
+def may_be_too_deep(encoded: bytes) -> bool:
+    """Whether a serialised message could hold attributes that `check_attributes` refuses.
+
+    Most could not, which is found without looking at any attribute: on the wire each level of nesting begins with a
+    byte for the field that holds it, so there are no more levels than such bytes, wherever these come from.
+
+    Args:
+        encoded: The message, as protobuf serialises it.
+    """
+    return len(encoded) > _QUICK_LOOK_BYTES or sum(map(encoded.count, _LEVELS)) > MAX_ATTRIBUTE_DEPTH
 
 
 def check_attributes(source: RepeatedCompositeFieldContainer[span_pb2.Attribute], name: str) -> None:

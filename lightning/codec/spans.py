@@ -6,7 +6,7 @@ from typing import Any
 
 from lightningpb.v1 import span_pb2
 
-from lightning.codec.attributes import check_attributes, read_attributes, write_attributes
+from lightning.codec.attributes import check_attributes, may_be_too_deep, read_attributes, write_attributes
 from lightning.codec.building import build, construct, decode_object, encode_object
 from lightning.codec.enums import SPAN_STATUS_CODE
 from lightning.types import Event, Link, OtelResource, Span, SpanContext, TraceStatus
@@ -118,8 +118,12 @@ def span_from_proto(message: span_pb2.Span) -> Span:
     )
 
 
-def check_span(message: span_pb2.Span) -> None:
+def check_span(message: span_pb2.Span, encoded: bytes) -> None:
     """Check that `span_from_proto` will take a message, and `span_to_proto` what it makes of it, without making it.
+
+    Args:
+        message: The message.
+        encoded: The same, serialised.
 
     Raises:
         ValueError: It would not; the message says why.
@@ -130,13 +134,17 @@ def check_span(message: span_pb2.Span) -> None:
         SPAN_STATUS_CODE.to_word(message.status.code, "Span.status.code")
     if has("extra_json"):
         encode_object(_read_extra(message.extra_json), "span")
+    if may_be_too_deep(encoded):
+        _check_depths(message)
+
+
+def _check_depths(message: span_pb2.Span) -> None:
     check_attributes(message.attributes, "attributes")
     for event in message.events:
         check_attributes(event.attributes, "events.attributes")
     for link in message.links:
         check_attributes(link.attributes.attributes, "links.attributes")
-    if has("resource"):
-        check_attributes(message.resource.attributes, "resource.attributes")
+    check_attributes(message.resource.attributes, "resource.attributes")
 
 
 def encode_span(span: Span) -> bytes:

@@ -161,12 +161,11 @@ async def receive_spans(store: LightningStore, spans: Sequence[span_pb2.Span]) -
     """Store spans, and say what became of each."""
     if isinstance(store, StoreEngine) and type(store).add_many_spans is StoreEngine.add_many_spans:
         # it keeps spans encoded as they are here
+        records = []
         for span in spans:
-            codec.check_span(span)
-        records = [
-            SpanRecord(span.attempt_id, span.span_id, span.sequence_id, span.SerializeToString())
-            for span in spans
-        ]
+            encoded = span.SerializeToString()
+            codec.check_span(span, encoded)
+            records.append(SpanRecord(span.attempt_id, span.span_id, span.sequence_id, encoded))
         receipts = await store.add_span_records([span.rollout_id for span in spans], records)
         return [
             span_pb2.SpanReceipt(sequence_id=receipt.sequence_id, stored=receipt.stored)

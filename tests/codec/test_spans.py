@@ -13,11 +13,13 @@ from lightningpb.v1 import span_pb2, store_service_pb2
 
 from lightning.codec import (
     MAX_ATTRIBUTE_DEPTH,
+    check_span,
     decode_span,
     encode_span,
     span_from_proto,
     span_to_proto,
 )
+from lightning.codec.attributes import may_be_too_deep
 from lightning.types import Event, Link, OtelResource, Span, SpanContext, TraceStatus
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
@@ -211,6 +213,47 @@ def test_the_deepest_allowed_attribute_can_be_parsed_in_every_message_that_holds
     request = store_service_pb2.StreamSpansRequest(batch=batch)
     parsed = store_service_pb2.StreamSpansRequest.FromString(request.SerializeToString())
     assert span_from_proto(parsed.batch.spans[0]).links == [link]
+
+
+def deepened(value: span_pb2.AttributeValue) -> span_pb2.AttributeValue:
+    """One level more than can be written."""
+    return span_pb2.AttributeValue(array_value=span_pb2.AttributeArray(values=[value]))
+
+
+@pytest.mark.parametrize("kind", ["list", "dict"])
+@pytest.mark.parametrize(
+    "place", ["attributes", "events.attributes", "links.attributes", "resource.attributes"]
+)
+def test_a_message_is_refused_only_if_its_attributes_are_nested_too_deep(kind: str, place: str) -> None:
+    attributes = {"a": nested(MAX_ATTRIBUTE_DEPTH, kind)}
+    message = span_to_proto(
+        make_span(
+            attributes=attributes,
+            events=[Event(name="e", attributes=attributes)],
+            links=[Link(context=SpanContext(trace_id="t", span_id="s"), attributes=attributes)],
+            resource=OtelResource(attributes=attributes),
+        )
+    )
+    check_span(message, message.SerializeToString())
+    value = {
+        "attributes": message.attributes,
+        "events.attributes": message.events[0].attributes,
+        "links.attributes": message.links[0].attributes.attributes,
+        "resource.attributes": message.resource.attributes,
+    }[place][0].value
+    value.CopyFrom(deepened(value))
+    with pytest.raises(ValueError, match=f"{place} are nested deeper than {MAX_ATTRIBUTE_DEPTH} levels"):
+        check_span(message, message.SerializeToString())
+
+
+@pytest.mark.parametrize("kind", ["list", "dict"])
+def test_the_quick_look_at_a_message_lets_no_deep_one_pass(kind: str) -> None:
+    message = span_to_proto(make_span(attributes={"a": nested(MAX_ATTRIBUTE_DEPTH, kind)}))
+    value = message.attributes[0].value
+    value.CopyFrom(deepened(value))
+    assert may_be_too_deep(message.SerializeToString())
+    assert may_be_too_deep(encode_span(make_span(name="x" * 5_000)))
+    assert not may_be_too_deep(encode_span(make_span(attributes={"a": [1, {"b": "x" * 1_000}]})))
 
 
 def test_further_fields_must_be_json() -> None:
