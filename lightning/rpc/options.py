@@ -17,9 +17,10 @@ DEFAULT_MAX_MESSAGE_BYTES = 256 * 1024 * 1024
 _LARGEST_MESSAGE_BYTES = 2**31 - 1
 """What protobuf can hold."""
 
-_KEEPALIVE_INTERVAL_MS = 5_000
-_KEEPALIVE_TIMEOUT_MS = 4_000
-"""Both together are less than the interval of a worker's heartbeats: so soon a dead connection is noticed."""
+_KEEPALIVE_INTERVAL_MS = 5_500
+_KEEPALIVE_TIMEOUT_MS = 3_500
+"""Both together are less than the interval of a worker's heartbeats: so soon a dead connection is noticed. Twice the
+former is more than it, jitter included: an idle worker pings once between two heartbeats."""
 _KEEPALIVE_HEAD_START_MS = 500
 """So much later than a client a server pings, and so much shorter it waits for the answer: whatever arrives puts its
 ping off, so that where clients ping it only answers."""

@@ -73,6 +73,7 @@ async def test_both_sides_notice_that_a_connection_is_dead(
 def test_a_dead_connection_is_noticed_between_two_heartbeats() -> None:
     noticed_ms = options._KEEPALIVE_INTERVAL_MS + options._KEEPALIVE_TIMEOUT_MS
     assert noticed_ms < 10_000  # the default interval
+    assert 2 * options._KEEPALIVE_INTERVAL_MS > 10_500  # the same with its jitter
     assert options._MIN_PING_INTERVAL_MS < options._KEEPALIVE_INTERVAL_MS
     assert 0 < options._KEEPALIVE_HEAD_START_MS < options._KEEPALIVE_TIMEOUT_MS
 
