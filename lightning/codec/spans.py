@@ -25,14 +25,21 @@ _OWN_FIELDS = (
 
 
 def span_to_proto(span: Span) -> span_pb2.Span:
-    """Encode a span.
+    """Encode a span. Raises as `write_span`."""
+    message = span_pb2.Span()
+    write_span(message, span)
+    return message
+
+
+def write_span(message: span_pb2.Span, span: Span) -> None:
+    """Encode a span into a message that is empty, such as one just added to a request, which need not be copied then.
 
     Raises:
         TypeError: An attribute of a type that OpenTelemetry does not have, or a further field of one that JSON does not
             have; the message names the path, as `attributes["a"][3]`.
         ValueError: A value of a type that fits but that cannot be stored, such as an integer of more than 64 bits.
     """
-    message = _own_fields_to_proto(span)
+    _write_own_fields(message, span)
     status = span.status
     message.status.code = SPAN_STATUS_CODE.to_number(status.status_code, "status.status_code")
     if status.description is not None:
@@ -55,12 +62,10 @@ def span_to_proto(span: Span) -> span_pb2.Span:
         write_attributes(message.resource.attributes, resource.attributes, "resource.attributes")
     if resource.schema_url:
         message.resource.MergeFrom(build(span_pb2.OtelResource, schema_url=resource.schema_url))
-    return message
 
 
-def _own_fields_to_proto(span: Span) -> span_pb2.Span:
-    """A message with what a span has besides its parts: each field set by itself, which is the fastest way."""
-    message = span_pb2.Span()
+def _write_own_fields(message: span_pb2.Span, span: Span) -> None:
+    """What a span has besides its parts: each field set by itself, which is the fastest way."""
     try:
         message.rollout_id = span.rollout_id
         message.attempt_id = span.attempt_id
@@ -75,12 +80,11 @@ def _own_fields_to_proto(span: Span) -> span_pb2.Span:
         if span.end_time is not None:
             message.end_time = span.end_time
     except (TypeError, ValueError):  # build says which of them it was
-        message = build(span_pb2.Span, **{name: getattr(span, name) for name in _OWN_FIELDS})
+        message.MergeFrom(build(span_pb2.Span, **{name: getattr(span, name) for name in _OWN_FIELDS}))
     extra = encode_object(span.model_extra or None, "span")
     if extra is not None:
         message.extra_json = extra
     _check_sequence_id(message.sequence_id)
-    return message
 
 
 def span_from_proto(message: span_pb2.Span) -> Span:

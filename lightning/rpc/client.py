@@ -297,16 +297,13 @@ class LightningStoreClient(RemoteReads):
         return stored[0] if stored else None
 
     async def add_many_spans(self, spans: Sequence[Span]) -> Sequence[Span]:
-        messages = [codec.span_to_proto(span) for span in spans]
-        receipts: list[span_pb2.SpanReceipt] = []
-        for batch in _batches(messages):
-            request = pb.AddSpansRequest(request_id=_new_id(), spans=batch)
-            receipts.extend((await self._call("AddSpans", request)).receipts)
-        stored = []
-        for message, receipt in zip(messages, receipts, strict=True):
-            if receipt.stored:
-                message.sequence_id = receipt.sequence_id
-                stored.append(message)
+        stored: list[span_pb2.Span] = []
+        for request in list(_requests(spans)):  # all are checked before the first is sent
+            response = await self._call("AddSpans", request)
+            for message, receipt in zip(request.spans, response.receipts, strict=True):
+                if receipt.stored:
+                    message.sequence_id = receipt.sequence_id
+                    stored.append(message)
         return codec.DecodedLater(codec.span_from_proto, stored)
 
     async def add_otel_span(
@@ -512,16 +509,18 @@ def _slices(timeout: float | None) -> Iterator[tuple[float, bool]]:
         yield min(rest, _WAIT_SLICE_SECONDS), rest <= _WAIT_SLICE_SECONDS
 
 
-def _batches(spans: Sequence[span_pb2.Span]) -> Iterator[list[span_pb2.Span]]:
-    """Cut spans into lists that fit into a request each. A span that is too large alone is the server's to refuse."""
-    batch: list[span_pb2.Span] = []
-    size_bytes = 0
+def _requests(spans: Sequence[Span]) -> Iterator[pb.AddSpansRequest]:
+    """Requests of about `_MAX_BATCH_BYTES` each. A span that is too large alone is the server's to refuse."""
+    request, size_bytes = pb.AddSpansRequest(request_id=_new_id()), 0
     for span in spans:
-        span_bytes = span.ByteSize()
-        if batch and size_bytes + span_bytes > _MAX_BATCH_BYTES:
-            yield batch
-            batch, size_bytes = [], 0
-        batch.append(span)
+        message = request.spans.add()
+        codec.write_span(message, span)
+        span_bytes = message.ByteSize()
+        if size_bytes and size_bytes + span_bytes > _MAX_BATCH_BYTES:
+            following = pb.AddSpansRequest(request_id=_new_id(), spans=[message])
+            del request.spans[-1]
+            yield request
+            request, size_bytes = following, 0
         size_bytes += span_bytes
-    if batch:
-        yield batch
+    if request.spans:
+        yield request
