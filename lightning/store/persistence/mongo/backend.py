@@ -68,7 +68,8 @@ class _Session:
         self.housekeeping = MongoHousekeeping(connection, self.intents, self.dropped, partition)
 
     async def close(self) -> None:
-        for part in (self.queue, self.rollouts, self.workers, self.spans, self.resources):
+        # those that need others come before them
+        for part in (self.queue, self.spans, self.rollouts, self.workers, self.resources):
             await part.close()
         await self.connection.close()
 
