@@ -40,7 +40,7 @@ and the more calls there are at once the more share a message: the first one to 
 _GATHERING_SECONDS = 0.001
 """How long they do so at most, for answers may take long."""
 _NO_ROOM_PAUSE_SECONDS = 10.0
-"""How long calls are made one by one when the server has no room for the stream."""
+"""How long calls are made one by one when the server has no room for the stream, or knows no pipelines yet."""
 
 
 class GoAlone(Exception):
@@ -77,6 +77,7 @@ class Pipeline:
         self._large_answers: set[str] = set()
         """Methods that have had such."""
         self._refused_until = -math.inf
+        self._closed = False
 
     def takes(self, method: str, request: bytes) -> bool:
         """Whether such a call can go by the pipeline now, as far as is known."""
@@ -105,14 +106,14 @@ class Pipeline:
         try:
             return await call.answer
         except asyncio.CancelledError:
-            self._hand_over(call, give_up=True)
+            self._give_up(call)
             raise
         finally:
             timer.cancel()
 
     async def close(self) -> None:
-        """End the streams; calls under way fail. On the loop of gRPC."""
-        self._wake()  # for what was handed over last
+        """End the streams; calls under way fail, and so do further ones. On the loop of gRPC."""
+        self._closed = True
         tasks = [line.task for line in self._lines]
         for task in tasks:
             task.cancel()
@@ -121,13 +122,21 @@ class Pipeline:
     def _time_out(self, call: _Call) -> None:
         if not call.answer.done():
             call.answer.set_exception(rpc_error(StatusCode.DEADLINE_EXCEEDED, "Deadline Exceeded"))
+            self._give_up(call)
+
+    def _give_up(self, call: _Call) -> None:
+        with suppress(RuntimeError):  # the loop of gRPC has ended, and the call with it
             self._hand_over(call, give_up=True)
 
     def _hand_over(self, call: _Call, *, give_up: bool) -> None:
         self._handed_over.append((call, give_up))
         if not self._woken:  # which `_wake` undoes before it looks, so that nothing is overlooked
             self._woken = True
-            self._thread.call_soon(self._wake)
+            try:
+                self._thread.call_soon(self._wake)
+            except RuntimeError:  # the client was closed meanwhile
+                self._woken = False
+                raise self._closed_error() from None
 
     # --- On the loop of gRPC ---
 
@@ -135,7 +144,9 @@ class Pipeline:
         self._woken = False
         while self._handed_over:
             call, give_up = self._handed_over.popleft()
-            if not give_up:
+            if not give_up and self._closed:
+                _deliver([(call, self._closed_error())])
+            elif not give_up:
                 self._present_line().begin(call)
             elif call.line is not None:
                 call.line.give_up(call)
@@ -171,13 +182,11 @@ class Pipeline:
     def _make_of(self, error: AioRpcError) -> Callable[[], Exception]:
         """What makes the error of a call whose stream failed."""
         code = error.code()
-        if code is StatusCode.UNIMPLEMENTED:
-            self._refused_until = math.inf
-        elif code is StatusCode.RESOURCE_EXHAUSTED:  # no room, or a message was too large for either side
+        # an older server, which may be replaced; no room, or a message was too large for either side
+        if code in (StatusCode.UNIMPLEMENTED, StatusCode.RESOURCE_EXHAUSTED):
             self._refused_until = time.monotonic() + _NO_ROOM_PAUSE_SECONDS
-        else:
-            return lambda: rpc_error(code, error.details(), error.trailing_metadata())
-        return GoAlone
+            return GoAlone
+        return lambda: rpc_error(code, error.details(), error.trailing_metadata())
 
 
 class _Call:

@@ -14,7 +14,14 @@ from grpc.aio import ServicerContext
 from lightningpb.v1 import errors_pb2
 from lightningpb.v1 import store_service_pb2 as pb
 
-from lightning.rpc.errors import Failure, OverloadedError, RemoteStoreError, abort, to_failure
+from lightning.rpc.errors import (
+    Failure,
+    LimitExceededError,
+    OverloadedError,
+    RemoteStoreError,
+    abort,
+    to_failure,
+)
 from lightning.rpc.interception import Reception
 from lightning.rpc.repeats import Outcome
 from lightning.rpc.service import SERVICE_NAME, StoreService
@@ -34,6 +41,10 @@ _CANCELLATION_SECONDS = 1.0
 """A store that does not let go of a call by then holds up no others."""
 _MAX_CALLS = 65_536
 """Under way at once on one stream."""
+_MAX_REQUEST_BYTES = 4 * 1024 * 1024
+"""Of one message, which is held while its calls wait for the client to read."""
+_CALLS_IN_A_ROW = 256
+"""Instant ones, before other streams have their turn."""
 
 
 def pipeline_handler(service: StoreService, reception: Reception) -> grpc.GenericRpcHandler:
@@ -69,14 +80,13 @@ class _Session:
 
         Raises:
             ValueError: What came is no request, or names two calls alike.
+            LimitExceededError: It is too large.
             OverloadedError: Too many calls are under way.
         """
         self._service.streams.add(self, None)
         try:
             async for data in requests:
                 await self._take(_parse(data))
-                while self._unsent_bytes > _UNSENT_BYTES and self._writer is not None:
-                    await asyncio.shield(self._writer)
             while self._tasks:
                 await asyncio.wait(self._tasks.values())
             if self._writer is not None:
@@ -97,7 +107,11 @@ class _Session:
 
     async def _take(self, message: pb.PipelineRequest) -> None:
         await self._cancel(message.cancelled_call_ids)
-        for call in message.calls:
+        for number, call in enumerate(message.calls, 1):
+            while self._unsent_bytes > _UNSENT_BYTES and self._writer is not None:
+                await asyncio.shield(self._writer)
+            if number % _CALLS_IN_A_ROW == 0:
+                await asyncio.sleep(0)
             call_id, method, request = call.call_id, call.method, call.request
             if call_id in self._tasks:
                 raise ValueError(f"call_id {call_id} names a call that is under way")
@@ -124,7 +138,7 @@ class _Session:
         )
         encoded = _outcome(call_id, outcome)
         self._unsent.append(encoded)
-        self._unsent_bytes += len(encoded.response)
+        self._unsent_bytes += encoded.ByteSize()
         self._write()
 
     def _forget(self, call_id: int, _: asyncio.Task[None]) -> None:
@@ -151,7 +165,7 @@ class _Session:
         for outcome in self._unsent:
             if size_bytes > _MESSAGE_BYTES:
                 break
-            size_bytes += len(outcome.response)
+            size_bytes += outcome.ByteSize()
             count += 1
         outcomes = self._unsent[:count]
         del self._unsent[:count]
@@ -160,6 +174,11 @@ class _Session:
 
 
 def _parse(data: bytes) -> pb.PipelineRequest:
+    if len(data) > _MAX_REQUEST_BYTES:
+        raise LimitExceededError(
+            f"a message of a pipeline has at most {_MAX_REQUEST_BYTES} bytes, and this one has {len(data)}; send fewer "
+            "calls in one, and large ones by themselves"
+        )
     try:
         return pb.PipelineRequest.FromString(data)
     except DecodeError:

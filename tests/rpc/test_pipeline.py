@@ -6,7 +6,7 @@ import asyncio
 import json
 import logging
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -28,10 +28,22 @@ from lightning.rpc import (
     Unauthenticated,
 )
 from lightning.rpc import (
+    pipeline as pipeline_module,
+)
+from lightning.rpc import (
+    pipeline_sessions as sessions_module,
+)
+from lightning.rpc import (
     server as server_module,
 )
+from lightning.rpc.admission import Admission
+from lightning.rpc.interception import Reception
+from lightning.rpc.options import ServerLimits
+from lightning.rpc.pipeline import Pipeline
+from lightning.rpc.service import StoreService
 from lightning.rpc.tokens import add_token
 from lightning.store import InMemoryLightningStore
+from lightning.store.threaded import LoopThread
 from lightning.testing.unreliable import UnreliableStore
 from lightning.types import PromptTemplate
 
@@ -249,6 +261,78 @@ async def test_each_call_is_held_against_its_own_row_of_the_table(serve: Any, tm
         assert (await stream.outcome(allowed)).WhichOneof("outcome") == "response"
 
 
+async def test_a_message_that_is_too_large_ends_the_stream(stream: Stream) -> None:
+    await stream.send(stream.request("GetStatistics", b"\0" * 5_000_000))
+    with pytest.raises(grpc.aio.AioRpcError, match="has at most 4194304 bytes") as caught:
+        await stream.read()
+    assert caught.value.code() is StatusCode.RESOURCE_EXHAUSTED
+
+
+class Unread:
+    """The context of a stream that its client never reads from."""
+
+    def __init__(self) -> None:
+        self.written = asyncio.Event()
+
+    def invocation_metadata(self) -> tuple[()]:
+        return ()
+
+    def peer(self) -> str:
+        return "ipv4:127.0.0.1:1"
+
+    async def write(self, _: bytes) -> None:
+        self.written.set()
+        await asyncio.Event().wait()
+
+
+def session_of(context: Any) -> Any:
+    limits = ServerLimits()
+    service = StoreService(InMemoryLightningStore(), "InMemoryLightningStore", limits)
+    reception = Reception(None, Admission(limits), (), certificates=False)
+    return sessions_module._Session(service, reception, context)
+
+
+async def test_failures_that_are_never_read_are_bounded(monkeypatch: Any) -> None:
+    monkeypatch.setattr(sessions_module, "_UNSENT_BYTES", 100_000)
+    taken = 0
+
+    async def requests() -> AsyncIterator[bytes]:
+        nonlocal taken
+        while taken < 1000:
+            taken += 1
+            yield pb.PipelineRequest(calls=[{"call_id": taken, "method": "x" * 1000}]).SerializeToString()
+
+    context = Unread()
+    session = asyncio.ensure_future(session_of(context).run(requests()))
+    await context.written.wait()
+    for _ in range(100):
+        await asyncio.sleep(0)
+    assert 50 < taken < 110
+    session.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await session
+
+
+async def test_many_calls_in_a_message_leave_others_their_turn() -> None:
+    statistics = [{"call_id": number, "method": "GetStatistics"} for number in range(3000)]
+
+    async def requests() -> AsyncIterator[bytes]:
+        yield pb.PipelineRequest(calls=statistics).SerializeToString()
+
+        taken.set()
+
+    taken = asyncio.Event()
+    session = asyncio.ensure_future(session_of(Unread()).run(requests()))
+    turns = 0
+    while not taken.is_set():
+        turns += 1
+        await asyncio.sleep(0)
+    assert turns > 10
+    session.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await session
+
+
 # --- The client -------------------------------------------------------------------------------------------------
 
 
@@ -392,6 +476,78 @@ async def test_a_closed_client_says_so_to_calls_under_way(
     for call in waiting:
         with pytest.raises(RuntimeError, match="was closed"):
             await call
+
+
+class Silent:
+    """A stream to a server that never answers."""
+
+    async def write(self, _: Any) -> None:
+        return
+
+    async def read(self) -> None:
+        await asyncio.Event().wait()
+
+    def cancel(self) -> None:
+        return
+
+
+@pytest.fixture
+def thread() -> Iterator[LoopThread]:
+    thread = LoopThread("a pipeline's")
+    yield thread
+    thread.stop()
+
+
+def silent_pipeline(thread: LoopThread, opened: threading.Event) -> Pipeline:
+    def open_stream() -> Silent:
+        opened.set()
+        return Silent()
+
+    return Pipeline(thread, open_stream, lambda: None, lambda: RuntimeError("it was closed"))
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+async def test_a_call_that_comes_while_the_client_closes_opens_no_stream(
+    thread: LoopThread, stopped: bool
+) -> None:
+    opened = threading.Event()
+    pipeline = silent_pipeline(thread, opened)
+    await thread.run(pipeline.close())
+    if stopped:
+        thread.stop()
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="it was closed"):
+            await pipeline.call("GetStatistics", b"", timeout=DEADLINE_SECONDS)
+    assert not opened.is_set()
+
+
+async def test_a_call_can_be_cancelled_after_the_end_of_the_loop_of_grpc(thread: LoopThread) -> None:
+    opened = threading.Event()
+    pipeline = silent_pipeline(thread, opened)
+    call = asyncio.ensure_future(pipeline.call("GetStatistics", b"", timeout=DEADLINE_SECONDS))
+    await asyncio.to_thread(opened.wait, DEADLINE_SECONDS)
+    thread.stop()
+    call.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await call
+
+
+async def test_a_server_that_learns_of_pipelines_is_asked_again(
+    serve: Any, connect: Any, monkeypatch: Any, streams_opened: Any
+) -> None:
+    monkeypatch.setattr(pipeline_module, "_NO_ROOM_PAUSE_SECONDS", 0.0)
+    with monkeypatch.context() as older:
+        none = grpc.method_handlers_generic_handler("of.another.Service", {})
+        older.setattr(server_module, "pipeline_handler", lambda *_: none)
+        server = await serve()
+    client = connect(server.endpoint)
+    await client.statistics()
+    await server.stop()
+    newer = await serve(port=server.port, access_log=True)
+    await client.statistics()
+    await client.close()
+    await newer.stop()
+    assert streams_opened("Pipeline") == 1
 
 
 async def test_an_answer_for_a_loop_that_is_gone_is_dropped(

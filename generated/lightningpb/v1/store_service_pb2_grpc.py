@@ -442,7 +442,7 @@ class LightningStoreServiceServicer(object):
         When the stream breaks, it is unknown what became of the calls that were not answered: make them again with the same request_id.
         When the server is about to end the stream it sends `closing`, and goes on to answer: the client makes further calls on another
         stream, and ends its side of this one when it has all answers. INVALID_ARGUMENT: a call_id is in use. RESOURCE_EXHAUSTED: there
-        is no room for another stream, or for more calls on this one.
+        is no room for another stream, or for more calls on this one, or a message has more than 4 MiB.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

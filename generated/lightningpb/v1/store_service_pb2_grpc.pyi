@@ -172,7 +172,7 @@ class LightningStoreServiceStub:
     When the stream breaks, it is unknown what became of the calls that were not answered: make them again with the same request_id.
     When the server is about to end the stream it sends `closing`, and goes on to answer: the client makes further calls on another
     stream, and ends its side of this one when it has all answers. INVALID_ARGUMENT: a call_id is in use. RESOURCE_EXHAUSTED: there
-    is no room for another stream, or for more calls on this one.
+    is no room for another stream, or for more calls on this one, or a message has more than 4 MiB.
     """
 
 @_typing.type_check_only
@@ -305,7 +305,7 @@ class LightningStoreServiceAsyncStub(LightningStoreServiceStub):
     When the stream breaks, it is unknown what became of the calls that were not answered: make them again with the same request_id.
     When the server is about to end the stream it sends `closing`, and goes on to answer: the client makes further calls on another
     stream, and ends its side of this one when it has all answers. INVALID_ARGUMENT: a call_id is in use. RESOURCE_EXHAUSTED: there
-    is no room for another stream, or for more calls on this one.
+    is no room for another stream, or for more calls on this one, or a message has more than 4 MiB.
     """
 
 class LightningStoreServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -615,7 +615,7 @@ class LightningStoreServiceServicer(metaclass=_abc_1.ABCMeta):
         When the stream breaks, it is unknown what became of the calls that were not answered: make them again with the same request_id.
         When the server is about to end the stream it sends `closing`, and goes on to answer: the client makes further calls on another
         stream, and ends its side of this one when it has all answers. INVALID_ARGUMENT: a call_id is in use. RESOURCE_EXHAUSTED: there
-        is no room for another stream, or for more calls on this one.
+        is no room for another stream, or for more calls on this one, or a message has more than 4 MiB.
         """
 
 def add_LightningStoreServiceServicer_to_server(servicer: LightningStoreServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
