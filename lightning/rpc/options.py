@@ -31,10 +31,19 @@ _INITIAL_RECONNECT_MS = 100
 _MAX_RECONNECT_MS = 1_000
 """gRPC would back off to two minutes; a server that is back should be found at once."""
 
+_READ_AHEAD_BYTES = 1024 * 1024
+"""Of one stream, so much may be on its way: 20 MB/s where an answer takes 50 ms. gRPC would find out how much is right
+by pings of its own, which on a connection that is seldom used go with nearly each message."""
+
 _MAX_PENDING_CALLS = 16_384
 """Calls that wait to be accepted when thousands of clients come at once; above twice as many, some are turned away."""
 
 ChannelOptions = tuple[tuple[str, Any], ...]
+
+_FLOW_CONTROL: ChannelOptions = (
+    ("grpc.http2.bdp_probe", 0),
+    ("grpc.http2.lookahead_bytes", _READ_AHEAD_BYTES),
+)
 
 
 @dataclass(frozen=True)
@@ -61,6 +70,7 @@ class ClientOptions:
         """The arguments of a channel to `endpoint`."""
         return (
             *_message_limits(self.max_message_bytes),
+            *_FLOW_CONTROL,
             *_keepalive(_KEEPALIVE_INTERVAL_MS, _KEEPALIVE_TIMEOUT_MS),
             ("grpc.initial_reconnect_backoff_ms", _INITIAL_RECONNECT_MS),
             ("grpc.max_reconnect_backoff_ms", _MAX_RECONNECT_MS),
@@ -122,6 +132,7 @@ class ServerLimits:
             *_message_limits(self.max_message_bytes),
             # unless several are asked for, a second server would start silently on the same port
             ("grpc.so_reuseport", int(share_port)),
+            *_FLOW_CONTROL,
             *_keepalive(
                 _KEEPALIVE_INTERVAL_MS + _KEEPALIVE_HEAD_START_MS,
                 _KEEPALIVE_TIMEOUT_MS - _KEEPALIVE_HEAD_START_MS,
