@@ -41,6 +41,8 @@ _CANCELLATION_SECONDS = 1.0
 """A store that does not let go of a call by then holds up no others."""
 _MAX_CALLS = 65_536
 """Under way at once on one stream."""
+_LAST_WRITE_SECONDS = 5.0
+"""How long a client whose mistake ends the stream has to read what was answered before."""
 _MAX_REQUEST_BYTES = 4 * 1024 * 1024
 """Of one message, which is held while its calls wait for the client to read."""
 _CALLS_IN_A_ROW = 256
@@ -91,6 +93,11 @@ class _Session:
                 await asyncio.wait(self._tasks.values())
             if self._writer is not None:
                 await self._writer
+        except Exception:
+            if self._writer is not None:
+                # gRPC sends no status while a message is on its way, whether or not somebody waits for that any more
+                await asyncio.wait({self._writer}, timeout=_LAST_WRITE_SECONDS)
+            raise
         finally:
             self._service.streams.discard(self, None)
             left = [*self._tasks.values(), *([] if self._writer is None else [self._writer])]

@@ -313,6 +313,29 @@ async def test_failures_that_are_never_read_are_bounded(monkeypatch: Any) -> Non
         await session
 
 
+async def test_a_stream_ends_after_what_is_on_its_way() -> None:
+    """gRPC would refuse to send the status while a message is being sent, and the client would wait for it for ever."""
+
+    class Slow(Unread):
+        sent = False
+
+        async def write(self, _: bytes) -> None:
+            self.written.set()
+            for _ in range(10):
+                await asyncio.sleep(0)
+            self.sent = True
+
+    async def requests() -> AsyncIterator[bytes]:
+        yield pb.PipelineRequest(calls=[{"call_id": 1, "method": "GetStatistics"}]).SerializeToString()
+        await context.written.wait()
+        yield b"no request"
+
+    context = Slow()
+    with pytest.raises(ValueError, match="is not a"):
+        await session_of(context).run(requests())
+    assert context.sent
+
+
 async def test_many_calls_in_a_message_leave_others_their_turn() -> None:
     statistics = [{"call_id": number, "method": "GetStatistics"} for number in range(3000)]
 
