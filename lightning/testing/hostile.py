@@ -27,8 +27,14 @@ from lightning.types import AttemptedRollout
 
 _SERVICE = pb.DESCRIPTOR.services_by_name["LightningStoreService"]
 _DEADLINE_SECONDS = 20.0
-_MAY_WAIT = ("DequeueRollouts", "WaitForRollouts", "WatchRollouts")
+_PIPELINE = _SERVICE.methods_by_name["Pipeline"]
+_PIPELINES = 0.2
+"""The share of pipelines, each of which makes calls of other methods, among all requests."""
+_TOO_MUCH_FOR_A_PIPELINE = bytes(5_000_000)
+_MAY_WAIT = ("DequeueRollouts", "WaitForRollouts", "WatchRollouts", "Pipeline")
 """Methods that a request may well ask to wait beyond the deadline."""
+_WAIT_SECONDS = 3.0
+"""Their deadline."""
 _OVERWRITTEN = "Internal error from Core"
 """What grpc.aio's client makes of the server's status when a message comes too late for a stream that the server has
 refused already (https://github.com/grpc/grpc/issues/36066). The server was clear; it is asked again."""
@@ -120,8 +126,13 @@ class _Assailant:
                     start(one())
 
     async def _assault(self, channel: grpc.aio.Channel) -> None:
-        method = self._chance.choice(_SERVICE.methods)
+        in_pipeline = self._chance.random() < _PIPELINES
+        method = _PIPELINE if in_pipeline else self._chance.choice(_SERVICE.methods)
         messages = [self._message(method.input_type) for _ in range(self._chance.randrange(1, 4))]
+        if in_pipeline and self._chance.random() < 0.1:
+            messages.append(_TOO_MUCH_FOR_A_PIPELINE)
+        if in_pipeline and self._chance.random() < 0.2:
+            await _leave_unread(channel, messages * 50)
         for _ in range(_MOST_TRIES):
             status, message = await _outcome(channel, method, messages)
             if _OVERWRITTEN not in message:
@@ -150,6 +161,9 @@ class _Assailant:
         for descriptor in kind.DESCRIPTOR.fields:
             if self._chance.random() < (0.3 if depth > 4 else 0.7) and depth < 30:
                 self._fill(message, descriptor, depth)
+        if isinstance(message, pb.PipelineRequest.Call) and self._chance.random() < 0.9:
+            method = self._chance.choice(_SERVICE.methods)
+            message.method, message.request = method.name, self._message(method.input_type)
         return message
 
     def _fill(self, message: Message, descriptor: Any, depth: int) -> None:
@@ -188,17 +202,41 @@ async def _outcome(
     up, down = method.client_streaming, method.server_streaming
     kind = f"{'stream' if up else 'unary'}_{'stream' if down else 'unary'}"
     call = getattr(channel, kind)(f"/{_SERVICE.full_name}/{method.name}")
+    deadline = _WAIT_SECONDS if method.name in _MAY_WAIT else _DEADLINE_SECONDS
     try:
         if down:
-            async for _ in call(iter(messages) if up else messages[0], timeout=_DEADLINE_SECONDS):
-                pass
+            async for response in call(iter(messages) if up else messages[0], timeout=deadline):
+                if method is _PIPELINE and (unclear := _unclear_failure(response)) is not None:
+                    return unclear
         else:
-            await call(messages[0], timeout=_DEADLINE_SECONDS)
+            await call(messages[0], timeout=deadline)
     except grpc.aio.AioRpcError as error:
         return error.code(), error.details() or ""
     return grpc.StatusCode.OK, ""
 
 
+async def _leave_unread(channel: grpc.aio.Channel, messages: list[bytes]) -> None:
+    """Send to a pipeline, and go away without having read anything."""
+    call: Any = channel.stream_stream(f"/{_SERVICE.full_name}/{_PIPELINE.name}")(timeout=_DEADLINE_SECONDS)
+    try:
+        for message in messages:
+            await call.write(message)
+    except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+        pass  # the server has ended it, as it may
+    finally:
+        call.cancel()
+
+
+def _unclear_failure(response: bytes) -> tuple[grpc.StatusCode, str] | None:
+    """One of the failures in a message of a pipeline, if any is unclear."""
+    for outcome in pb.PipelineResponse.FromString(response).outcomes:
+        status, message = _STATUSES[outcome.failure.status_code], outcome.failure.message
+        if not _is_clear(status, message):
+            return status, f"in a pipeline: {message}"
+    return None
+
+
+_STATUSES: dict[int, grpc.StatusCode] = {status.value[0]: status for status in grpc.StatusCode}
 _FAULTS = (
     grpc.StatusCode.INTERNAL,
     grpc.StatusCode.UNKNOWN,
