@@ -140,9 +140,17 @@ class _Session:
             await asyncio.wait(cancelled, timeout=_CANCELLATION_SECONDS)
 
     async def _serve(self, call_id: int, method: str, request: bytes) -> None:
-        outcome = await self._line.receive(
-            f"/{SERVICE_NAME}/{method}", len(request), partial(self._service.answer, method, request)
-        )
+        if self._service.has(method):
+            outcome = await self._line.receive(
+                f"/{SERVICE_NAME}/{method}", len(request), partial(self._service.answer, method, request)
+            )
+        else:  # nobody hears of it, as of single calls: a name that a client made up is nothing for logs and metrics
+            outcome = to_failure(
+                NotImplementedError(
+                    f"{SERVICE_NAME} has no RPC {method[:100]!r} with one request and one response, and no other goes "
+                    "through a pipeline"
+                )
+            )
         encoded = _outcome(call_id, outcome)
         self._unsent.append(encoded)
         self._unsent_bytes += encoded.ByteSize()

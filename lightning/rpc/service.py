@@ -141,17 +141,13 @@ class StoreService:
     # --- For pipelines ---
 
     async def answer(self, method: str, data: bytes) -> Outcome:
-        """What comes of a call that came by a pipeline: the RPC's name, without its service, and its request."""
-        answer = self._answers.get(method)
-        if answer is None:
-            return to_failure(
-                NotImplementedError(
-                    f"{SERVICE_NAME} has no RPC {method!r} with one request and one response, and no other goes "
-                    "through a pipeline"
-                )
-            )
+        """What comes of a call that came by a pipeline: the name of an RPC that it `has`, and its request."""
         with self._call():
-            return await answer(data)
+            return await self._answers[method](data)
+
+    def has(self, method: str) -> bool:
+        """Whether a call by a pipeline may name this RPC, without its service."""
+        return method in self._answers
 
     def is_instant(self, method: str, data: bytes) -> bool:
         """Whether `answer` has this outcome without waiting for anything."""
