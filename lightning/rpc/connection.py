@@ -70,6 +70,7 @@ class Connection:
         self._thread = loop.acquire()
         self._channel: grpc.aio.Channel | None = None
         self._stub: Any = None
+        self._bearing: Any = None
         self._stream_spans: Any = None
         self._health: Any = None
         self._sessions: dict[tuple[str, str | None], CommandSession] = {}
@@ -98,15 +99,15 @@ class Connection:
             Exception: What the store raised.
         """
         self._check_open()
-        data, response_class = request.SerializeToString(), _response_class(method)
+        data = request.SerializeToString()
 
         async def attempt() -> Any:
             if self._pipeline.takes(method, data):
                 with suppress(GoAlone):
-                    return response_class.FromString(await self._pipeline.call(method, data, timeout))
-            return await self._thread.run(self._alone(method, request, timeout))
+                    return await self._pipeline.call(method, data, timeout)
+            return await self._thread.run(self._alone(method, data, timeout))
 
-        return await self.retrying(attempt)
+        return _response_class(method).FromString(await self.retrying(attempt))
 
     async def collect(self, method: str, request: Any) -> list[Any]:
         """Call a method with a stream of answers, and return them all. Raises as `unary`."""
@@ -179,6 +180,7 @@ class Connection:
                 self.endpoint, self.options.channel_options(self.endpoint)
             )
             bearing: Any = BearerChannel(self._channel, self._shown)
+            self._bearing = bearing
             self._stub = LightningStoreServiceStub(bearing)
             self._stream_spans = bearing.stream_stream(
                 _STREAM_SPANS, response_deserializer=pb.StreamSpansResponse.FromString
@@ -225,8 +227,11 @@ class Connection:
             raise from_status(error, str(self.endpoint))
         self._raise_if_untrusted(error)
 
-    async def _alone(self, method: str, request: Any, timeout: float) -> Any:
-        return await getattr(self.stub(), method)(request, timeout=timeout)
+    async def _alone(self, method: str, request: bytes, timeout: float) -> bytes:
+        self.stub()
+        call: Any = self._bearing.unary_unary(f"/{_SERVICE.full_name}/{method}")
+        response: bytes = await call(request, timeout=timeout)
+        return response
 
     async def _collect(self, method: str, request: Any) -> list[Any]:
         call = getattr(self.stub(), method)

@@ -218,11 +218,19 @@ async def test_long_waits_are_made_of_several_calls(
     client: LightningStoreClient, store: UnreliableStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(client_module, "_WAIT_SLICE_SECONDS", 0.02)
-    assert await client.claim_rollouts(timeout=0.1) == []
     rollout = await client.start_rollout("task")
+    waits = [
+        asyncio.ensure_future(client.claim_rollouts(timeout=60)),
+        asyncio.ensure_future(client.wait_for_rollouts(rollout_ids=[rollout.rollout_id], timeout=60)),
+    ]
+    await store.wait_for_calls("claim_rollouts", 3)
+    await store.wait_for_calls("wait_for_rollouts", 3)
+    for wait in waits:
+        assert not wait.done()
+        wait.cancel()
+    await asyncio.gather(*waits, return_exceptions=True)
+    assert await client.claim_rollouts(timeout=0.1) == []
     assert await client.wait_for_rollouts(rollout_ids=[rollout.rollout_id], timeout=0.1) == []
-    assert store.calls["claim_rollouts"] > 2
-    assert store.calls["wait_for_rollouts"] > 2
 
 
 @pytest.mark.parametrize("timeout", [-1, math.nan, "1", True])
