@@ -34,7 +34,7 @@ _SHARED_REQUEST_BYTES = 64 * 1024
 """A larger request goes alone: it would hold up the others."""
 _MESSAGE_BYTES = 256 * 1024
 """Of requests, in one message, roughly."""
-_UNANSWERED_MESSAGES = 2
+_UNANSWERED_MESSAGES = 4
 """With so many on their way without any answer, calls gather for the next. So client and server work at the same time,
 and the more calls there are at once the more share a message: the first one to come takes none for itself."""
 _GATHERING_SECONDS = 0.001
