@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import weakref
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from dataclasses import replace
 from os import getpid, register_at_fork
 from random import Random
@@ -198,8 +198,8 @@ class LightningStoreClient(RemoteReads):
     async def _call(self, method: str, request: Message, wait: float = 0.0) -> Any:
         return await self._connect().unary(method, request, self._options.request_timeout + wait)
 
-    async def _collect(self, method: str, request: Message) -> list[Any]:
-        return await self._connect().collect(method, request)
+    async def _collect(self, method: str, request: Message, take: Callable[[Any], T]) -> list[T]:
+        return await self._connect().collect(method, request, take)
 
     # --- About the store ---------------------------------------------------------------------------------------
 

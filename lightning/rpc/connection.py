@@ -109,9 +109,35 @@ class Connection:
 
         return _response_class(method).FromString(await self.retrying(attempt))
 
-    async def collect(self, method: str, request: Any) -> list[Any]:
-        """Call a method with a stream of answers, and return them all. Raises as `unary`."""
-        return await self._run(self._collect(method, request))
+    async def collect(self, method: str, request: Any, take: Callable[[Any], T]) -> list[T]:
+        """Call a method with a stream of answers.
+
+        Args:
+            method: Its name.
+            request: Its request.
+            take: What to make of each answer. Meanwhile the next one is on its way.
+
+        Raises:
+            StoreUnavailableError: The server stayed away.
+            Exception: What the store or `take` raised.
+        """
+        self._check_open()
+
+        async def attempt() -> list[T]:
+            taken: list[T] = []
+            stream, answer = await self._thread.run(self._begin(method, request))
+            try:
+                while answer is not grpc.aio.EOF:
+                    following = self._thread.submit(stream.read())
+                    taken.append(take(answer))
+                    answer = await asyncio.wrap_future(following)
+            except BaseException:
+                with suppress(RuntimeError):  # the loop ended, and the stream with it
+                    self._thread.call_soon(stream.cancel)
+                raise
+            return taken
+
+        return await self.retrying(attempt)
 
     async def receive_commands(
         self, worker_id: str, instance_id: str | None, timeout: float | None
@@ -233,18 +259,11 @@ class Connection:
         response: bytes = await call(request, timeout=timeout)
         return response
 
-    async def _collect(self, method: str, request: Any) -> list[Any]:
-        call = getattr(self.stub(), method)
+    async def _begin(self, method: str, request: Any) -> tuple[Any, Any]:
+        """A stream of answers, and the first of them."""
         timeout = self.options.request_timeout * _QUERY_TIMEOUT_FACTOR
-
-        async def attempt() -> list[Any]:
-            stream = call(request, timeout=timeout)
-            try:
-                return [message async for message in stream]
-            finally:
-                stream.cancel()
-
-        return await self.retrying(attempt)
+        stream = getattr(self.stub(), method)(request, timeout=timeout)
+        return stream, await stream.read()
 
     async def _receive_commands(
         self, worker_id: str, instance_id: str | None, timeout: float | None

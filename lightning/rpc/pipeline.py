@@ -30,7 +30,7 @@ from lightning.store.threaded import LoopThread
 if TYPE_CHECKING:
     from lightning.rpc.credentials import Metadata
 
-_SHARED_REQUEST_BYTES = 64 * 1024
+_SHARED_REQUEST_BYTES = 256 * 1024
 """A larger request goes alone: it would hold up the others."""
 _MESSAGE_BYTES = 256 * 1024
 """Of requests, in one message, roughly."""

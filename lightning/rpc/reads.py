@@ -39,8 +39,8 @@ class RemoteReads(LightningStore):
         """Call a method that answers after `wait` seconds at the latest."""
 
     @abstractmethod
-    async def _collect(self, method: str, request: Message) -> list[Any]:
-        """Call a method that answers with a stream of messages, and return all of them."""
+    async def _collect(self, method: str, request: Message, take: Callable[[Any], T]) -> list[T]:
+        """Call a method that answers with a stream of messages, and return what `take` makes of each."""
 
     async def statistics(self) -> LightningStoreStatistics:
         return codec.statistics_from_proto(await self._call("GetStatistics", pb.GetStatisticsRequest()))
@@ -184,11 +184,11 @@ class RemoteReads(LightningStore):
     async def _query(
         self, method: str, request: Message, field: str, decode: Callable[[Any], T]
     ) -> PaginatedResult[T]:
-        messages = await self._collect(method, request)
-        items: list[T] = []
-        for message in messages:
-            items.extend(codec.decode_many(decode, getattr(message, field)))
-        return codec.result_from_proto(messages[0].page_info, items)
+        def take(message: Any) -> tuple[pb.PageInfo, list[T]]:
+            return message.page_info, codec.decode_many(decode, getattr(message, field))
+
+        pieces = await self._collect(method, request, take)
+        return codec.result_from_proto(pieces[0][0], [item for _, items in pieces for item in items])
 
     async def get_rollout_by_id(self, rollout_id: str) -> Rollout | None:
         check_text(rollout_id, "rollout_id")

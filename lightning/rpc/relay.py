@@ -15,10 +15,10 @@ import struct
 import subprocess
 import sys
 import threading
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from google.protobuf.message_factory import GetMessageClass
 from lightningpb.v1 import store_service_pb2 as pb
@@ -28,6 +28,8 @@ from lightning.rpc.errors import StoreUnavailableError
 from lightning.rpc.options import ClientOptions
 from lightning.store.threaded import LoopThread
 from lightning.types import RolloutEvent, WorkerCommand
+
+T = TypeVar("T")
 
 _LENGTH = struct.Struct("!Q")
 _EXIT_TIMEOUT_SECONDS = 10.0
@@ -69,10 +71,10 @@ class RelayedConnection:
         response = await self._call("unary", method, request.SerializeToString(), timeout)
         return _response_class(method).FromString(response)
 
-    async def collect(self, method: str, request: Any) -> list[Any]:
+    async def collect(self, method: str, request: Any, take: Callable[[Any], T]) -> list[T]:
         """See `Connection.collect`."""
         responses = await self._call("collect", method, request.SerializeToString())
-        return [_response_class(method).FromString(response) for response in responses]
+        return [take(_response_class(method).FromString(response)) for response in responses]
 
     async def receive_commands(
         self, worker_id: str, instance_id: str | None, timeout: float | None
@@ -214,8 +216,9 @@ class _Relay:
             return response.SerializeToString()
         if action == "collect":
             method, request = arguments
-            responses = await self._connection.collect(method, _request_class(method).FromString(request))
-            return [response.SerializeToString() for response in responses]
+            return await self._connection.collect(
+                method, _request_class(method).FromString(request), lambda answer: answer.SerializeToString()
+            )
         return await getattr(self._connection, action)(*arguments)
 
     async def _answer(self, number: int, call: Coroutine[Any, Any, Any]) -> None:

@@ -167,7 +167,7 @@ class LightningStoreServiceStub:
     """Carries many calls on one stream, which costs client and server a fraction of what as many single calls do. Called by clients
     that make many at once, for as long as they run; one stream for each connection. It takes any RPC of this service that has one
     request and one response. Every call is let in, limited, run and answered as if it came by itself, in whatever order the
-    answers are ready. A call whose request is larger than some 64 KiB is better made by itself: it would hold up the others.
+    answers are ready. A call whose request is larger than some 256 KiB is better made by itself: it would hold up the others.
 
     When the stream breaks, it is unknown what became of the calls that were not answered: make them again with the same request_id.
     When the server is about to end the stream it sends `closing`, and goes on to answer: the client makes further calls on another
@@ -300,7 +300,7 @@ class LightningStoreServiceAsyncStub(LightningStoreServiceStub):
     """Carries many calls on one stream, which costs client and server a fraction of what as many single calls do. Called by clients
     that make many at once, for as long as they run; one stream for each connection. It takes any RPC of this service that has one
     request and one response. Every call is let in, limited, run and answered as if it came by itself, in whatever order the
-    answers are ready. A call whose request is larger than some 64 KiB is better made by itself: it would hold up the others.
+    answers are ready. A call whose request is larger than some 256 KiB is better made by itself: it would hold up the others.
 
     When the stream breaks, it is unknown what became of the calls that were not answered: make them again with the same request_id.
     When the server is about to end the stream it sends `closing`, and goes on to answer: the client makes further calls on another
@@ -610,7 +610,7 @@ class LightningStoreServiceServicer(metaclass=_abc_1.ABCMeta):
         """Carries many calls on one stream, which costs client and server a fraction of what as many single calls do. Called by clients
         that make many at once, for as long as they run; one stream for each connection. It takes any RPC of this service that has one
         request and one response. Every call is let in, limited, run and answered as if it came by itself, in whatever order the
-        answers are ready. A call whose request is larger than some 64 KiB is better made by itself: it would hold up the others.
+        answers are ready. A call whose request is larger than some 256 KiB is better made by itself: it would hold up the others.
 
         When the stream breaks, it is unknown what became of the calls that were not answered: make them again with the same request_id.
         When the server is about to end the stream it sends `closing`, and goes on to answer: the client makes further calls on another
