@@ -42,13 +42,15 @@ class Program:
         self.temp = Path(tempfile.mkdtemp(prefix="lightning-"))
         script = folder / "program.py"
         script.write_text(textwrap.dedent(source))
+        # what its children print comes at once, too: they do not inherit -u
+        env = {"PYTHONUNBUFFERED": "1", **(env or {})}
         self._stderr = (folder / "stderr.txt").open("w+b")
         self.process = subprocess.Popen(
-            [sys.executable, "-u", str(script), *arguments],
+            [sys.executable, str(script), *arguments],
             stdout=subprocess.PIPE,
             stderr=self._stderr,
             cwd=folder,
-            env={**os.environ, **(env or {}), _MARK: self._mark, "TMPDIR": str(self.temp)},
+            env={**os.environ, **env, _MARK: self._mark, "TMPDIR": str(self.temp)},
             start_new_session=True,
         )
         self._lines: queue.Queue[str | None] = queue.Queue()
