@@ -368,6 +368,8 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", default=[], metavar="WORD")
     parser.add_argument("--at-once", type=int, default=2, help="how many cells to run at a time")
     options = parser.parse_args()
+    # a shell lets what it runs in the background ignore Ctrl-C, and so would the programs here
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     cells = [
         (name, layout)
         for name, ending in ENDINGS.items()
