@@ -62,16 +62,16 @@ def construct(model: type[ModelT], fields: dict[str, Any], extra: dict[str, Any]
     """
     record = model.__new__(model)
     object.__setattr__(record, "__dict__", fields)
-    _set_fields_set(record, _all_fields(model))
+    _set_fields_set(record, set(_all_fields(model)))
     _set_extra(record, extra)
     _set_private(record, None)
     return record
 
 
 @cache
-def _all_fields(model: type[BaseModel]) -> set[str]:
-    """Which fields of a complete record were set. One set for all: to set a field again adds nothing to it."""
-    return set(model.model_fields)
+def _all_fields(model: type[BaseModel]) -> frozenset[str]:
+    """Which fields of a complete record were set. Each has a set of its own, for a further field goes there, too."""
+    return frozenset(model.model_fields)
 
 
 def decode_many(decode: Callable[[SourceT], ItemT], encoded: Sequence[SourceT]) -> list[ItemT]:

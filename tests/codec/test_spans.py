@@ -131,7 +131,9 @@ def test_decoded_spans_share_nothing() -> None:
     first, second = span_from_proto(message), span_from_proto(message)
     first.attributes["a"].append(2)
     first.events.append(Event(name="e"))
+    first.further = 1  # type: ignore[attr-defined]
     assert second == make_span(attributes={"a": [1]})
+    assert "further" not in second.model_fields_set | span_from_proto(message).model_fields_set
 
 
 @pytest.mark.parametrize(
