@@ -11,7 +11,6 @@ from os import getpid, register_at_fork
 from random import Random
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from google.protobuf.message import Message
 from lightningpb.v1 import rollout_pb2, span_pb2, worker_pb2
 from lightningpb.v1 import store_service_pb2 as pb
 
@@ -195,10 +194,10 @@ class LightningStoreClient(RemoteReads):
                     weakref.finalize(self, connection.abandon).atexit = False
         return connection
 
-    async def _call(self, method: str, request: Message, wait: float = 0.0) -> Any:
+    async def _unary(self, method: str, request: bytes, wait: float) -> bytes:
         return await self._connect().unary(method, request, self._options.request_timeout + wait)
 
-    async def _collect(self, method: str, request: Message, take: Callable[[Any], T]) -> list[T]:
+    async def _stream(self, method: str, request: bytes, take: Callable[[bytes], T]) -> list[T]:
         return await self._connect().collect(method, request, take)
 
     # --- About the store ---------------------------------------------------------------------------------------

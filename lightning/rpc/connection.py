@@ -13,11 +13,9 @@ import random
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import suppress
-from functools import cache
 from typing import Any, TypeVar
 
 import grpc.aio
-from google.protobuf.message_factory import GetMessageClass
 from grpc.aio import AioRpcError
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from lightningpb.v1 import store_service_pb2 as pb
@@ -44,9 +42,7 @@ from lightning.types import RolloutEvent, WorkerCommand
 
 T = TypeVar("T")
 
-_SERVICE = pb.DESCRIPTOR.services_by_name["LightningStoreService"]
-_HEALTH_SERVICE = "lightningpb.v1.LightningStoreService"
-_STREAM_SPANS = f"/{_HEALTH_SERVICE}/StreamSpans"
+_SERVICE = pb.DESCRIPTOR.services_by_name["LightningStoreService"].full_name
 _MIN_PROBE_PAUSE_SECONDS = 0.05
 _MAX_PROBE_PAUSE_SECONDS = 1.0
 _JITTER = 0.2
@@ -86,12 +82,12 @@ class Connection:
 
     # --- From any event loop ---
 
-    async def unary(self, method: str, request: Any, timeout: float) -> Any:
-        """Call a method with one answer.
+    async def unary(self, method: str, request: bytes, timeout: float) -> bytes:
+        """Call a method with one answer, which is returned.
 
         Args:
             method: Its name.
-            request: Its request. It is sent again as it is if the call must be repeated.
+            request: Its request, serialised. It is sent again as it is if the call must be repeated.
             timeout: The deadline of one try, in seconds.
 
         Raises:
@@ -99,23 +95,22 @@ class Connection:
             Exception: What the store raised.
         """
         self._check_open()
-        data = request.SerializeToString()
 
-        async def attempt() -> Any:
-            if self._pipeline.takes(method, data):
+        async def attempt() -> bytes:
+            if self._pipeline.takes(method, request):
                 with suppress(GoAlone):
-                    return await self._pipeline.call(method, data, timeout)
-            return await self._thread.run(self._alone(method, data, timeout))
+                    return await self._pipeline.call(method, request, timeout)
+            return await self._thread.run(self._alone(method, request, timeout))
 
-        return _response_class(method).FromString(await self.retrying(attempt))
+        return await self.retrying(attempt)
 
-    async def collect(self, method: str, request: Any, take: Callable[[Any], T]) -> list[T]:
+    async def collect(self, method: str, request: bytes, take: Callable[[bytes], T]) -> list[T]:
         """Call a method with a stream of answers.
 
         Args:
             method: Its name.
-            request: Its request.
-            take: What to make of each answer. Meanwhile the next one is on its way.
+            request: Its request, serialised.
+            take: What to make of each answer, serialised. Meanwhile the next one is on its way.
 
         Raises:
             StoreUnavailableError: The server stayed away.
@@ -209,7 +204,7 @@ class Connection:
             self._bearing = bearing
             self._stub = LightningStoreServiceStub(bearing)
             self._stream_spans = bearing.stream_stream(
-                _STREAM_SPANS, response_deserializer=pb.StreamSpansResponse.FromString
+                _path("StreamSpans"), response_deserializer=pb.StreamSpansResponse.FromString
             )
             self._health = health_pb2_grpc.HealthStub(self._channel)
         return self._stub
@@ -255,14 +250,15 @@ class Connection:
 
     async def _alone(self, method: str, request: bytes, timeout: float) -> bytes:
         self.stub()
-        call: Any = self._bearing.unary_unary(f"/{_SERVICE.full_name}/{method}")
+        call: Any = self._bearing.unary_unary(_path(method))
         response: bytes = await call(request, timeout=timeout)
         return response
 
-    async def _begin(self, method: str, request: Any) -> tuple[Any, Any]:
+    async def _begin(self, method: str, request: bytes) -> tuple[Any, Any]:
         """A stream of answers, and the first of them."""
-        timeout = self.options.request_timeout * _QUERY_TIMEOUT_FACTOR
-        stream = getattr(self.stub(), method)(request, timeout=timeout)
+        self.stub()
+        call: Any = self._bearing.unary_stream(_path(method))
+        stream = call(request, timeout=self.options.request_timeout * _QUERY_TIMEOUT_FACTOR)
         return stream, await stream.read()
 
     async def _receive_commands(
@@ -286,7 +282,7 @@ class Connection:
         return key
 
     async def _close_watch(self, key: int) -> None:
-        self._watches.pop(key).close()
+        await self._watches.pop(key).close()
 
     def _forget_session(self, key: tuple[str, str | None]) -> None:
         session = self._sessions.get(key)
@@ -303,7 +299,7 @@ class Connection:
 
     async def _is_healthy(self) -> bool:
         self.stub()
-        request = health_pb2.HealthCheckRequest(service=_HEALTH_SERVICE)
+        request = health_pb2.HealthCheckRequest(service=_SERVICE)
         try:
             answer = await self._health.Check(request, timeout=self.options.connection_timeout)
         except AioRpcError as error:
@@ -333,8 +329,8 @@ class Connection:
     async def _close(self) -> None:
         for session in list(self._sessions.values()):
             await session.close()
-        for watch in self._watches.values():
-            watch.close()
+        for watch in list(self._watches.values()):
+            await watch.close()
         if self._span_sender is not None:
             await self._span_sender.close()
         await self._pipeline.close()
@@ -365,6 +361,5 @@ class Connection:
         return f"{advice} If it speaks TLS, the address begins with grpcs://."
 
 
-@cache
-def _response_class(method: str) -> Any:
-    return GetMessageClass(_SERVICE.methods_by_name[method].output_type)
+def _path(method: str) -> str:
+    return f"/{_SERVICE}/{method}"

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import threading
+from typing import Any
 
 from lightning.store.threaded import LoopThread
 
@@ -74,3 +75,13 @@ def release() -> None:
 def connecting() -> threading.Lock:
     """Held while a client makes its connection. Unlike a lock of the client's own it is usable after a fork."""
     return _shared.connecting
+
+
+async def end_call(call: Any) -> None:
+    """Cancel a call that may be under way, and wait until gRPC has said on this loop that it has ended.
+
+    What gRPC has to say to a loop that is closed by then it says to the next one of this process, where that is an
+    error, and holds up what comes behind it.
+    """
+    call.cancel()
+    await call.code()

@@ -25,6 +25,7 @@ from grpc.aio import AioRpcError
 from lightningpb.v1 import store_service_pb2 as pb
 
 from lightning.rpc.errors import rpc_error, to_rpc_error
+from lightning.rpc.loop import end_call
 from lightning.store.threaded import LoopThread
 
 if TYPE_CHECKING:
@@ -39,6 +40,9 @@ _UNANSWERED_MESSAGES = 4
 and the more calls there are at once the more share a message: the first one to come takes none for itself."""
 _GATHERING_SECONDS = 0.001
 """How long they do so at most, for answers may take long."""
+_FAREWELL_SECONDS = 0.5
+"""How long a server has to end a stream when its client is closed, and gRPC to say that it has: what it says after the
+end of its loop would disturb the next one of this process."""
 _NO_ROOM_PAUSE_SECONDS = 10.0
 """How long calls are made one by one when the server has no room for the stream, or knows no pipelines yet."""
 
@@ -114,10 +118,7 @@ class Pipeline:
     async def close(self) -> None:
         """End the streams; calls under way fail, and so do further ones. On the loop of gRPC."""
         self._closed = True
-        tasks = [line.task for line in self._lines]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*(line.close() for line in self._lines))
 
     def _time_out(self, call: _Call) -> None:
         if not call.answer.done():
@@ -175,9 +176,10 @@ class Pipeline:
         else:
             line.fail(lambda: rpc_error(StatusCode.UNAVAILABLE, "the server has ended the pipeline"))
         finally:
-            self._lines.discard(line)
             if self._line is line:
                 self._line = None
+            await line.wind_up()
+            self._lines.discard(line)
 
     def _make_of(self, error: AioRpcError) -> Callable[[], Exception]:
         """What makes the error of a call whose stream failed."""
@@ -244,6 +246,14 @@ class _Line:
         self.is_retired = True
         self._write()
 
+    async def close(self) -> None:
+        """End the stream: at once if there are calls on it, which end with it, and otherwise as the server sees fit."""
+        self.retire()
+        if not self._calls and self._stream is not None:
+            await asyncio.wait({self.task}, timeout=_FAREWELL_SECONDS)
+        self.task.cancel()
+        await asyncio.gather(self.task, return_exceptions=True)
+
     def fail(self, error: Callable[[], Exception]) -> None:
         """The stream has ended: so do all calls on it, each with an error of its own."""
         calls, self._calls = self._calls, {}
@@ -269,8 +279,15 @@ class _Line:
                     self._write()
         finally:
             stream.cancel()
-            if self._writer is not None:
-                self._writer.cancel()
+
+    async def wind_up(self) -> None:
+        """After its end, let gRPC say all that it has to say of the stream."""
+        if self._stream is not None:
+            await end_call(self._stream)
+        if self._writer is not None:
+            await asyncio.wait({self._writer}, timeout=_FAREWELL_SECONDS)
+        if self._writer is not None:
+            self._writer.cancel()
 
     def _settle(
         self, message: pb.PipelineResponse, large_answers: set[str]

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any, TypeVar
 
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
+from google.protobuf.message_factory import GetMessageClass
 from lightningpb.v1 import store_service_pb2 as pb
 
 from lightning import codec
 from lightning.codec.building import build
+from lightning.rpc.errors import StoreInternalError
 from lightning.store.arguments import ROLLOUT_STATUSES, WORKER_STATUSES
 from lightning.store.contract import FilterLogic, LightningStore, SortOrder
 from lightning.store.numbers import check_version
@@ -32,15 +35,18 @@ T = TypeVar("T")
 
 
 class RemoteReads(LightningStore):
-    """Reads, made of the two calls that a client has to define."""
+    """Reads, made of the two kinds of calls that a client has to define."""
 
     @abstractmethod
+    async def _unary(self, method: str, request: bytes, wait: float) -> bytes:
+        """Make a call that answers after `wait` seconds at the latest. Requests and answers are serialised."""
+
+    @abstractmethod
+    async def _stream(self, method: str, request: bytes, take: Callable[[bytes], T]) -> list[T]:
+        """Make a call that has many answers, and return what `take` makes of each."""
+
     async def _call(self, method: str, request: Message, wait: float = 0.0) -> Any:
-        """Call a method that answers after `wait` seconds at the latest."""
-
-    @abstractmethod
-    async def _collect(self, method: str, request: Message, take: Callable[[Any], T]) -> list[T]:
-        """Call a method that answers with a stream of messages, and return what `take` makes of each."""
+        return _parse(method, await self._unary(method, request.SerializeToString(), wait))
 
     async def statistics(self) -> LightningStoreStatistics:
         return codec.statistics_from_proto(await self._call("GetStatistics", pb.GetStatisticsRequest()))
@@ -184,10 +190,11 @@ class RemoteReads(LightningStore):
     async def _query(
         self, method: str, request: Message, field: str, decode: Callable[[Any], T]
     ) -> PaginatedResult[T]:
-        def take(message: Any) -> tuple[pb.PageInfo, list[T]]:
+        def take(answer: bytes) -> tuple[pb.PageInfo, list[T]]:
+            message = _parse(method, answer)
             return message.page_info, codec.decode_many(decode, getattr(message, field))
 
-        pieces = await self._collect(method, request, take)
+        pieces = await self._stream(method, request.SerializeToString(), take)
         return codec.result_from_proto(pieces[0][0], [item for _, items in pieces for item in items])
 
     async def get_rollout_by_id(self, rollout_id: str) -> Rollout | None:
@@ -231,3 +238,19 @@ def _filter_logic(filter_logic: FilterLogic) -> pb.FilterLogic.ValueType:
 
 def _update(response: Any) -> ResourcesUpdate | None:
     return codec.update_from_proto(response.update) if response.HasField("update") else None
+
+
+@cache
+def _response_class(method: str) -> type[Message]:
+    service = pb.DESCRIPTOR.services_by_name["LightningStoreService"]
+    return GetMessageClass(service.methods_by_name[method].output_type)
+
+
+def _parse(method: str, answer: bytes) -> Any:
+    kind = _response_class(method)
+    try:
+        return kind.FromString(answer)
+    except DecodeError:
+        raise StoreInternalError(
+            f"what the server answered to {method} is not a {kind.DESCRIPTOR.full_name}"
+        ) from None

@@ -20,9 +20,6 @@ from concurrent.futures import Future
 from contextlib import suppress
 from typing import IO, Any, TypeVar
 
-from google.protobuf.message_factory import GetMessageClass
-from lightningpb.v1 import store_service_pb2 as pb
-
 from lightning.rpc.address import Endpoint
 from lightning.rpc.errors import StoreUnavailableError
 from lightning.rpc.options import ClientOptions
@@ -33,7 +30,6 @@ T = TypeVar("T")
 
 _LENGTH = struct.Struct("!Q")
 _EXIT_TIMEOUT_SECONDS = 10.0
-_METHODS = pb.DESCRIPTOR.services_by_name["LightningStoreService"].methods_by_name
 
 
 class RelayedConnection:
@@ -66,15 +62,14 @@ class RelayedConnection:
         self._reader.start()
         write_frame(self._requests, (endpoint, options))
 
-    async def unary(self, method: str, request: Any, timeout: float) -> Any:
+    async def unary(self, method: str, request: bytes, timeout: float) -> bytes:
         """See `Connection.unary`."""
-        response = await self._call("unary", method, request.SerializeToString(), timeout)
-        return _response_class(method).FromString(response)
+        response: bytes = await self._call("unary", method, request, timeout)
+        return response
 
-    async def collect(self, method: str, request: Any, take: Callable[[Any], T]) -> list[T]:
+    async def collect(self, method: str, request: bytes, take: Callable[[bytes], T]) -> list[T]:
         """See `Connection.collect`."""
-        responses = await self._call("collect", method, request.SerializeToString())
-        return [take(_response_class(method).FromString(response)) for response in responses]
+        return [take(response) for response in await self._call("collect", method, request)]
 
     async def receive_commands(
         self, worker_id: str, instance_id: str | None, timeout: float | None
@@ -208,17 +203,9 @@ class _Relay:
         await self._connection.close()
 
     async def _make(self, action: str, *arguments: Any) -> Any:
-        if action == "unary":
-            method, request, timeout = arguments
-            response = await self._connection.unary(
-                method, _request_class(method).FromString(request), timeout
-            )
-            return response.SerializeToString()
         if action == "collect":
             method, request = arguments
-            return await self._connection.collect(
-                method, _request_class(method).FromString(request), lambda answer: answer.SerializeToString()
-            )
+            return await self._connection.collect(method, request, bytes)
         return await getattr(self._connection, action)(*arguments)
 
     async def _answer(self, number: int, call: Coroutine[Any, Any, Any]) -> None:
@@ -245,11 +232,3 @@ def read_frame(pipe: IO[bytes]) -> Any:
     (length,) = _LENGTH.unpack(header)
     data = pipe.read(length)
     return pickle.loads(data) if len(data) == length else None
-
-
-def _request_class(method: str) -> Any:
-    return GetMessageClass(_METHODS[method].input_type)
-
-
-def _response_class(method: str) -> Any:
-    return GetMessageClass(_METHODS[method].output_type)

@@ -18,6 +18,7 @@ from lightningpb.v1 import store_service_pb2 as pb
 from lightning import codec
 from lightning.codec.building import build
 from lightning.rpc.errors import StoreDrainingError, StreamAgedError
+from lightning.rpc.loop import end_call
 from lightning.store.polling import RevisionGoneError
 from lightning.types import RolloutEvent
 
@@ -103,11 +104,11 @@ class ClientWatch:
                 return None
             self._events = codec.events_from_proto(message, self._after or 0)[::-1]
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """End the stream."""
         stream, self._stream = self._stream, None
         if stream is not None:
-            stream.cancel()
+            await end_call(stream)
 
     async def _read(self) -> Any:
         if self._stream is None:

@@ -14,6 +14,7 @@ from lightningpb.v1 import store_service_pb2 as pb
 
 from lightning import codec
 from lightning.rpc.errors import is_connection_failure
+from lightning.rpc.loop import end_call
 from lightning.types import WorkerCommand
 
 if TYPE_CHECKING:
@@ -118,7 +119,7 @@ class CommandSession:
             if not opened or not is_connection_failure(error):
                 raise
         finally:
-            stream.cancel()
+            await end_call(stream)
 
     def _take(self, message: pb.WorkerSessionResponse) -> None:
         kind = message.WhichOneof("message")

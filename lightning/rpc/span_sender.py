@@ -20,6 +20,7 @@ from lightningpb.v1 import store_service_pb2 as pb
 
 from lightning import codec
 from lightning.rpc.errors import LimitExceededError, from_detail, is_connection_failure
+from lightning.rpc.loop import end_call
 
 if TYPE_CHECKING:
     from lightning.rpc.connection import Connection
@@ -206,7 +207,7 @@ class SpanSender:
             if writer is not None:
                 writer.cancel()
                 await asyncio.gather(writer, return_exceptions=True)
-            stream.cancel()
+            await end_call(stream)
 
     async def _read(self, stream: Any, *, opening: bool = False) -> Any:
         """The next message. Raises `AioRpcError` when an answer that is due does not come in time."""

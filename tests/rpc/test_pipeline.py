@@ -447,6 +447,7 @@ async def test_without_a_pipeline_calls_go_one_by_one(
     for _ in range(3):
         await asyncio.gather(*(client.enqueue_rollout(number) for number in range(5)))
     assert (await client.statistics())["total_rollouts"] == 15
+    assert not client._connect()._pipeline.takes("GetStatistics", b"")
 
 
 async def test_small_limits_break_no_call_that_would_pass_alone(serve: Any, connect: Any) -> None:
@@ -525,6 +526,9 @@ class Silent:
 
     def cancel(self) -> None:
         return
+
+    async def code(self) -> StatusCode:
+        return StatusCode.CANCELLED
 
 
 @pytest.fixture

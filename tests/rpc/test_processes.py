@@ -394,3 +394,29 @@ def test_no_two_calls_have_the_same_request_id(tmp_path: Path) -> None:
         """,
     )
     assert len(set(out.split())) == 12
+
+
+async def test_clients_that_come_and_go_in_a_process_leave_nothing_to_the_next(tmp_path: Path) -> None:
+    """What gRPC still had to say of a closed client's stream would be said on the loop of the next client: seldom, so
+    that it takes many, and processes that are in each other's way."""
+    server = LightningStoreServer(InMemoryLightningStore(), port=0)
+    await server.start()
+    body = """
+        async def ask():
+            client = LightningStoreClient(sys.argv[1])
+            await client.enqueue_rollout(1)
+            await asyncio.gather(*(client.statistics() for _ in range(5)))
+            await client.close()
+
+        for _ in range(80):
+            asyncio.run(ask())
+        """
+    folders = [tmp_path / str(number) for number in range(4)]
+    for folder in folders:
+        folder.mkdir()
+    try:
+        await asyncio.gather(
+            *(asyncio.to_thread(run_script, folder, body, server.endpoint) for folder in folders)
+        )
+    finally:
+        await server.close()
