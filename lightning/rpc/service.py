@@ -48,6 +48,11 @@ SERVICE_NAME = SERVICE.full_name
 SERVED = (SERVICE_NAME, OTLP_SERVICE.full_name)
 """The services that are answered here."""
 
+_MAY_WAIT: dict[str, Callable[[Any], bool]] = {
+    "DequeueRollouts": lambda request: request.wait_seconds > 0,
+    "WaitForRollouts": lambda request: True,
+}
+"""Calls that wait until there is something to answer, if the request says so."""
 _MAX_REQUEST_ID_LENGTH = 256
 """Clients choose their request ids, and the server keeps them for a while."""
 
@@ -151,14 +156,12 @@ class StoreService:
 
     def is_instant(self, method: str, data: bytes) -> bool:
         """Whether `answer` has this outcome without waiting for anything."""
-        if not self._instant or method == "WaitForRollouts":
-            return False
-        if method != "DequeueRollouts":
-            return True
+        if not self._instant or method not in _MAY_WAIT:
+            return self._instant
         try:
-            return pb.DequeueRolloutsRequest.FromString(data).wait_seconds <= 0
-        except DecodeError:
-            return True
+            return not _MAY_WAIT[method](_parse(_request_class(SERVICE, method), data))
+        except ValueError:
+            return True  # to be refused
 
     def refuse_while_draining(self) -> None:
         """Raises `StoreDrainingError` when no new calls are taken."""
@@ -248,7 +251,7 @@ class StoreService:
                 )
             key = (name, request.request_id)
             # a claim that waits for work must not go on waiting when the runner is gone
-            waits = name == "DequeueRollouts" and request.wait_seconds > 0
+            waits = name in _MAY_WAIT and _MAY_WAIT[name](request)
             return await self._repeats.run(
                 key, lambda: run_once(request), abandonable=waits, instant=self._instant and not waits
             )
