@@ -18,7 +18,8 @@ Written by `scripts/bench`; do not edit. What was tried to get here, and where t
 [performance.md](performance.md). Every table says what was measured and when; what stands side by side in one was
 measured in one run, in turn.
 
-    scripts/bench            everything but the soak
+    scripts/bench            everything but growth and the soak
+    scripts/bench growth     curves over clients, batches, span sizes and workers
     scripts/bench soak       20 minutes under load
     scripts/bench --quick    a trial: short, writes to .bench/ only
 
