@@ -1,9 +1,9 @@
 """The client's side of a pipeline: many calls on one stream.
 
 A single call costs gRPC several times what it costs to decode, do and encode it. So calls that are made while others
-are being sent go with the next message, and answers come back as they did: nothing waits for company, and the busier a
-client is the less each call costs. The same holds for handing calls over to gRPC's event loop and their answers back,
-which is done at once for all that have come together.
+are being sent go with the next message, and answers come back as they did: the busier a client is the less each call
+costs. The same holds for handing calls over to gRPC's event loop, which is done at once for all that are made in one
+turn of the caller's loop, and for handing back their answers.
 """
 
 from __future__ import annotations
@@ -35,11 +35,9 @@ _SHARED_REQUEST_BYTES = 256 * 1024
 """A larger request goes alone: it would hold up the others."""
 _MESSAGE_BYTES = 256 * 1024
 """Of requests, in one message, roughly."""
-_UNANSWERED_MESSAGES = 4
-"""With so many on their way without any answer, calls gather for the next. So client and server work at the same time,
-and the more calls there are at once the more share a message: the first one to come takes none for itself."""
-_GATHERING_SECONDS = 0.001
-"""How long they do so at most, for answers may take long."""
+_SHARES = 2
+"""Of the calls under way no more than this part goes into one message, so that the server does some while the client
+deals with the answers to others. Left alone, all would soon travel as one, and each side wait for the other."""
 _FAREWELL_SECONDS = 0.5
 """How long a server has to end a stream when its client is closed, and gRPC to say that it has: what it says after the
 end of its loop would disturb the next one of this process."""
@@ -72,8 +70,10 @@ class Pipeline:
         self._open_stream = open_stream
         self._shown = shown
         self._closed_error = closed_error
+        self._gathered: dict[asyncio.AbstractEventLoop, list[tuple[_Call, bool]]] = {}
+        """What callers want in the present turn of their event loops: calls to make, and calls to give up (True)."""
         self._handed_over: deque[tuple[_Call, bool]] = deque()
-        """Calls to make, and calls to give up (True)."""
+        """The same, of turns that are over."""
         self._woken = False
         self._line: _Line | None = None
         self._lines: set[_Line] = set()
@@ -126,18 +126,31 @@ class Pipeline:
             self._give_up(call)
 
     def _give_up(self, call: _Call) -> None:
-        with suppress(RuntimeError):  # the loop of gRPC has ended, and the call with it
-            self._hand_over(call, give_up=True)
+        self._hand_over(call, give_up=True)
 
     def _hand_over(self, call: _Call, *, give_up: bool) -> None:
-        self._handed_over.append((call, give_up))
-        if not self._woken:  # which `_wake` undoes before it looks, so that nothing is overlooked
-            self._woken = True
-            try:
-                self._thread.call_soon(self._wake)
-            except RuntimeError:  # the client was closed meanwhile
-                self._woken = False
-                raise self._closed_error() from None
+        gathered, line = self._gathered.get(call.loop), self._line
+        if gathered is not None:
+            gathered.append((call, give_up))
+        elif line is None or line.is_idle:  # there is nothing to go along with
+            self._pass_on([(call, give_up)])
+        else:
+            self._gathered[call.loop] = [(call, give_up)]
+            call.loop.call_soon(self._end_turn, call.loop)
+
+    def _end_turn(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._pass_on(self._gathered.pop(loop))
+
+    def _pass_on(self, wanted: list[tuple[_Call, bool]]) -> None:
+        self._handed_over.extend(wanted)
+        if self._woken:  # which `_wake` undoes before it looks, so that nothing is overlooked
+            return
+        self._woken = True
+        try:
+            self._thread.call_soon(self._wake)
+        except RuntimeError:  # the client was closed meanwhile, and all calls with it
+            self._woken = False
+            _resolve((call.answer, self._closed_error()) for call, give_up in wanted if not give_up)
 
     # --- On the loop of gRPC ---
 
@@ -194,7 +207,7 @@ class Pipeline:
 class _Call:
     """A call that somebody waits for."""
 
-    __slots__ = ("answer", "call_id", "line", "loop", "message", "method", "request")
+    __slots__ = ("answer", "call_id", "line", "loop", "method", "request")
 
     def __init__(self, method: str, request: bytes, loop: asyncio.AbstractEventLoop) -> None:
         self.method = method
@@ -204,8 +217,6 @@ class _Call:
         """Belongs to `loop`, the caller's."""
         self.line: _Line | None = None
         self.call_id = 0
-        self.message = 0
-        """The number of the message that it went with, on its line."""
 
 
 class _Line:
@@ -222,11 +233,11 @@ class _Line:
         self._unsent: deque[_Call] = deque()
         self._cancelled_ids: list[int] = []
         self._writer: asyncio.Task[None] | None = None
-        self._messages = count(1)
-        self._unanswered: set[int] = set()
-        """Messages that had no answer yet, or have waited for one."""
-        self._turn: asyncio.Future[None] | None = None
-        """Done when the next message may go."""
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether there are no calls on it."""
+        return not self._calls
 
     def begin(self, call: _Call) -> None:
         """Make a call."""
@@ -271,8 +282,6 @@ class _Line:
         try:
             while (message := await stream.read()) is not grpc.aio.EOF:
                 _deliver(list(self._settle(message, large_answers)))
-                if len(self._unanswered) < _UNANSWERED_MESSAGES:
-                    self._go_on()
                 if message.HasField("closing"):
                     self.is_retired = True
                 if self.is_retired:
@@ -296,7 +305,6 @@ class _Line:
             call = self._calls.pop(outcome.call_id, None)
             if call is None:
                 continue  # it was given up
-            self._unanswered.discard(call.message)
             kind = outcome.WhichOneof("outcome")
             if kind == "response":
                 yield call, outcome.response
@@ -314,8 +322,6 @@ class _Line:
         """Send what is unsent. While messages are on their way, what is to be in the next comes together."""
         try:
             while self._unsent or self._cancelled_ids:
-                if len(self._unanswered) >= _UNANSWERED_MESSAGES:
-                    await self._gather()
                 await self._stream.write(self._next_message())
             if self.is_retired and not self._calls:
                 await self._stream.done_writing()
@@ -324,37 +330,15 @@ class _Line:
         finally:
             self._writer = None
 
-    async def _gather(self) -> None:
-        """Wait until a message was answered, or for as long as that is worth while."""
-        loop = asyncio.get_running_loop()
-        self._turn = loop.create_future()
-        timer = loop.call_later(_GATHERING_SECONDS, self._stop_gathering)
-        try:
-            await self._turn
-        finally:
-            timer.cancel()
-            self._turn = None
-
-    def _stop_gathering(self) -> None:
-        self._unanswered.clear()
-        self._go_on()
-
-    def _go_on(self) -> None:
-        if self._turn is not None and not self._turn.done():
-            self._turn.set_result(None)
-
     def _next_message(self) -> pb.PipelineRequest:
         cancelled_ids, self._cancelled_ids = self._cancelled_ids, []
         message = pb.PipelineRequest(cancelled_call_ids=cancelled_ids)
-        calls, size_bytes, number = message.calls, 0, next(self._messages)
-        while self._unsent and size_bytes < _MESSAGE_BYTES:
+        calls, size_bytes, most = message.calls, 0, max(1, math.ceil(len(self._calls) / _SHARES))
+        while self._unsent and size_bytes < _MESSAGE_BYTES and len(calls) < most:
             call = self._unsent.popleft()
             if call.call_id in self._calls:
                 calls.add(call_id=call.call_id, method=call.method, request=call.request)
                 size_bytes += len(call.request)
-                call.message = number
-        if calls:
-            self._unanswered.add(number)
         return message
 
 
