@@ -383,11 +383,12 @@ def test_no_two_calls_have_the_same_request_id(tmp_path: Path) -> None:
 
         def ids():
             random.seed(7)
-            return [_new_id() for _ in range(3)]
+            return " ".join(_new_id() for _ in range(3)) + " "  # written at once: two processes share the pipe
 
-        print(*ids(), *ids(), flush=True)
+        print(ids(), end="", flush=True)
+        print(ids(), end="", flush=True)
         pid = os.fork()
-        print(*ids(), flush=True)
+        print(ids(), end="", flush=True)
         if pid == 0:
             os._exit(0)
         wait_for_child(pid)
