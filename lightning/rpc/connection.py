@@ -77,6 +77,7 @@ class Connection:
         self._pipeline = Pipeline(
             self._thread, lambda: self.stub().Pipeline(), self._shown, self.closed_error
         )
+        self._query_timeout = options.request_timeout * _QUERY_TIMEOUT_FACTOR
         self._closed = False
         self._last_failure: AioRpcError | None = None
 
@@ -100,12 +101,14 @@ class Connection:
             if self._pipeline.takes(method, request):
                 with suppress(GoAlone):
                     return await self._pipeline.call(method, request, timeout)
-            return await self._thread.run(self._alone(method, request, timeout))
+            answer = await self._thread.run(self._alone(method, request, timeout))
+            self._pipeline.went_alone(method, len(answer))
+            return answer
 
         return await self.retrying(attempt)
 
     async def collect(self, method: str, request: bytes, take: Callable[[bytes], T]) -> list[T]:
-        """Call a method with a stream of answers.
+        """Call a method with a stream of answers, or with all of them in one.
 
         Args:
             method: Its name.
@@ -119,17 +122,23 @@ class Connection:
         self._check_open()
 
         async def attempt() -> list[T]:
+            if self._pipeline.takes(method, request):
+                with suppress(GoAlone):
+                    return [take(await self._pipeline.call(method, request, self._query_timeout))]
             taken: list[T] = []
+            size_bytes = 0
             stream, answer = await self._thread.run(self._begin(method, request))
             try:
                 while answer is not grpc.aio.EOF:
                     following = self._thread.submit(stream.read())
+                    size_bytes += len(answer)
                     taken.append(take(answer))
                     answer = await asyncio.wrap_future(following)
             except BaseException:
                 with suppress(RuntimeError):  # the loop ended, and the stream with it
                     self._thread.call_soon(stream.cancel)
                 raise
+            self._pipeline.went_alone(method, size_bytes)
             return taken
 
         return await self.retrying(attempt)
@@ -258,7 +267,7 @@ class Connection:
         """A stream of answers, and the first of them."""
         self.stub()
         call: Any = self._bearing.unary_stream(_path(method))
-        stream = call(request, timeout=self.options.request_timeout * _QUERY_TIMEOUT_FACTOR)
+        stream = call(request, timeout=self._query_timeout)
         return stream, await stream.read()
 
     async def _receive_commands(

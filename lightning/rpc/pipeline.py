@@ -31,8 +31,8 @@ from lightning.store.threaded import LoopThread
 if TYPE_CHECKING:
     from lightning.rpc.credentials import Metadata
 
-_SHARED_REQUEST_BYTES = 256 * 1024
-"""A larger request goes alone: it would hold up the others."""
+_SHARED_BYTES = 256 * 1024
+"""A larger request goes alone, and so does one with a larger answer: they would hold up the others."""
 _MESSAGE_BYTES = 256 * 1024
 """Of requests, in one message, roughly."""
 _SHARES = 2
@@ -41,6 +41,8 @@ deals with the answers to others. Left alone, all would soon travel as one, and 
 _FAREWELL_SECONDS = 0.5
 """How long a server has to end a stream when its client is closed, and gRPC to say that it has: what it says after the
 end of its loop would disturb the next one of this process."""
+_UNIMPLEMENTED = StatusCode.UNIMPLEMENTED.value[0]
+"""So an older server says that it takes a method no other way than by itself."""
 _NO_ROOM_PAUSE_SECONDS = 10.0
 """How long calls are made one by one when the server has no room for the stream, or knows no pipelines yet."""
 
@@ -78,21 +80,26 @@ class Pipeline:
         self._line: _Line | None = None
         self._lines: set[_Line] = set()
         """All that are open: those before the present one have answers to come."""
-        self._large_answers: set[str] = set()
-        """Methods that have had such."""
+        self._alone: set[str] = set()
+        """Methods whose calls go alone: the last answer was too large, or the server takes them nowhere else."""
         self._refused_until = -math.inf
         self._closed = False
 
     def takes(self, method: str, request: bytes) -> bool:
         """Whether such a call can go by the pipeline now, as far as is known."""
         return (
-            len(request) <= _SHARED_REQUEST_BYTES
-            and method not in self._large_answers
+            len(request) <= _SHARED_BYTES
+            and method not in self._alone
             and time.monotonic() >= self._refused_until
         )
 
+    def went_alone(self, method: str, answer_bytes: int) -> None:
+        """Hear how large the answer to a call was that was made by itself: the next one may be no larger."""
+        if answer_bytes <= _SHARED_BYTES:
+            self._alone.discard(method)
+
     async def call(self, method: str, request: bytes, timeout: float) -> bytes:
-        """The response, serialised.
+        """The response, serialised; to a query, all of it as one message.
 
         Args:
             method: The RPC's name, without its service.
@@ -178,7 +185,7 @@ class Pipeline:
     async def _use(self, line: _Line) -> None:
         """Open a stream, and answer calls from it until it ends."""
         try:
-            await line.run(self._open_stream(), self._large_answers)
+            await line.run(self._open_stream(), self._alone)
         except AioRpcError as error:
             line.fail(self._make_of(error))
         except asyncio.CancelledError:
@@ -271,8 +278,8 @@ class _Line:
         self.is_retired = True
         _deliver((call, error()) for call in calls.values())
 
-    async def run(self, stream: Any, large_answers: set[str]) -> None:
-        """Answer calls until the stream ends. Methods that have `large_answers` are added to those.
+    async def run(self, stream: Any, alone: set[str]) -> None:
+        """Answer calls until the stream ends. Methods whose calls turn out to have to go `alone` are added to those.
 
         Raises:
             AioRpcError: It broke.
@@ -281,7 +288,7 @@ class _Line:
         self._write()
         try:
             while (message := await stream.read()) is not grpc.aio.EOF:
-                _deliver(list(self._settle(message, large_answers)))
+                _deliver(list(self._settle(message, alone)))
                 if message.HasField("closing"):
                     self.is_retired = True
                 if self.is_retired:
@@ -299,7 +306,7 @@ class _Line:
             self._writer.cancel()
 
     def _settle(
-        self, message: pb.PipelineResponse, large_answers: set[str]
+        self, message: pb.PipelineResponse, alone: set[str]
     ) -> Iterable[tuple[_Call, bytes | Exception]]:
         for outcome in message.outcomes:
             call = self._calls.pop(outcome.call_id, None)
@@ -308,10 +315,10 @@ class _Line:
             kind = outcome.WhichOneof("outcome")
             if kind == "response":
                 yield call, outcome.response
-            elif kind == "failure":
+            elif kind == "failure" and outcome.failure.status_code != _UNIMPLEMENTED:
                 yield call, to_rpc_error(outcome.failure)
             else:
-                large_answers.add(call.method)
+                alone.add(call.method)
                 yield call, GoAlone()
 
     def _write(self) -> None:

@@ -24,15 +24,13 @@ from lightning.rpc.errors import (
 )
 from lightning.rpc.interception import Reception
 from lightning.rpc.repeats import Outcome
-from lightning.rpc.service import SERVICE_NAME, StoreService
+from lightning.rpc.service import SERVICE_NAME, SHARED_RESPONSE_BYTES, StoreService
 from lightning.types import WorkerCommand
 
 logger = logging.getLogger(__name__)
 
 Context = ServicerContext[Any, Any]
 
-_SHARED_RESPONSE_BYTES = 256 * 1024
-"""A response that is larger has to be asked for by a call of its own: it would hold up the others."""
 _MESSAGE_BYTES = 512 * 1024
 """Of responses, in one message, roughly."""
 _UNSENT_BYTES = 8 * 1024 * 1024
@@ -147,8 +145,8 @@ class _Session:
         else:  # nobody hears of it, as of single calls: a name that a client made up is nothing for logs and metrics
             outcome = to_failure(
                 NotImplementedError(
-                    f"{SERVICE_NAME} has no RPC {method[:100]!r} with one request and one response, and no other goes "
-                    "through a pipeline"
+                    f"{SERVICE_NAME} has no RPC {method[:100]!r} with one request and one response, nor such a query, "
+                    "and no other goes through a pipeline"
                 )
             )
         encoded = _outcome(call_id, outcome)
@@ -202,7 +200,7 @@ def _parse(data: bytes) -> pb.PipelineRequest:
 
 def _outcome(call_id: int, outcome: Outcome) -> pb.PipelineResponse.Outcome:
     if not isinstance(outcome, Failure):
-        if len(outcome) > _SHARED_RESPONSE_BYTES:
+        if len(outcome) > SHARED_RESPONSE_BYTES:
             return pb.PipelineResponse.Outcome(call_id=call_id, too_large=True)
         return pb.PipelineResponse.Outcome(call_id=call_id, response=outcome)
     failure = pb.PipelineResponse.Failure(

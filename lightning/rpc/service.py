@@ -53,6 +53,8 @@ _MAY_WAIT: dict[str, Callable[[Any], bool]] = {
     "WaitForRollouts": lambda request: True,
 }
 """Calls that wait until there is something to answer, if the request says so."""
+SHARED_RESPONSE_BYTES = 256 * 1024
+"""What is larger has to be asked for by a call of its own: in a pipeline it would hold up the others."""
 _MAX_REQUEST_ID_LENGTH = 256
 """Clients choose their request ids, and the server keeps them for a while."""
 
@@ -60,6 +62,17 @@ _MAX_REQUEST_ID_LENGTH = 256
 async def _found(query: QueryHandler, service: StoreService, request: Any) -> AsyncGenerator[bytes, None]:
     for message in (await query(service, request)).messages():
         yield message
+
+
+async def _found_in_one(query: QueryHandler, service: StoreService, request: Any) -> bytes:
+    """All messages of a query's result as one, which they make if written one after the other. Of a result that is too
+    large for a pipeline, one message that is so, too."""
+    taken: list[bytes] = []
+    for message in (await query(service, request)).messages():
+        taken.append(message)
+        if sum(map(len, taken)) > SHARED_RESPONSE_BYTES:
+            return max(taken, key=len)  # of two, one is nearly half as large as a message may get
+    return b"".join(taken)
 
 
 class StreamHandler(Protocol):
@@ -118,7 +131,11 @@ class StoreService:
         self._idle = asyncio.Event()
         self._idle.set()
         self._answers = {
-            name: self._admitted(SERVICE, name, handler) for name, handler in UNARY_HANDLERS.items()
+            **{name: self._admitted(SERVICE, name, handler) for name, handler in UNARY_HANDLERS.items()},
+            **{
+                name: self._admitted(SERVICE, name, partial(_found_in_one, query))
+                for name, query in QUERY_HANDLERS.items()
+            },
         }
 
     # --- For the handlers ---
@@ -220,7 +237,10 @@ class StoreService:
         return grpc.unary_unary_rpc_method_handler(handle)
 
     def _admitted(
-        self, of: ServiceDescriptor, name: str, handler: UnaryHandler
+        self,
+        of: ServiceDescriptor,
+        name: str,
+        handler: Callable[[StoreService, Any], Awaitable[Message | bytes]],
     ) -> Callable[[bytes], Awaitable[Outcome]]:
         """What makes an outcome of a serialised request."""
         request_class = _request_class(of, name)

@@ -37,6 +37,7 @@ from lightning.rpc import (
     server as server_module,
 )
 from lightning.rpc.admission import Admission
+from lightning.rpc.handlers import UNARY_HANDLERS
 from lightning.rpc.interception import Reception
 from lightning.rpc.options import ServerLimits
 from lightning.rpc.pipeline import Pipeline
@@ -171,7 +172,8 @@ async def test_a_cancelled_call_ends_and_takes_no_work(
     ("method", "request_bytes", "status", "reason"),
     [
         ("Nothing", b"", StatusCode.UNIMPLEMENTED, errors_pb2.ERROR_REASON_NOT_SUPPORTED),
-        ("QuerySpans", b"", StatusCode.UNIMPLEMENTED, errors_pb2.ERROR_REASON_NOT_SUPPORTED),
+        ("WatchRollouts", b"", StatusCode.UNIMPLEMENTED, errors_pb2.ERROR_REASON_NOT_SUPPORTED),
+        ("QuerySpans", b"", StatusCode.NOT_FOUND, errors_pb2.ERROR_REASON_UNKNOWN_ID),
         ("Pipeline", b"", StatusCode.UNIMPLEMENTED, errors_pb2.ERROR_REASON_NOT_SUPPORTED),
         ("GetRollout", b"\xff", StatusCode.INVALID_ARGUMENT, errors_pb2.ERROR_REASON_INVALID_VALUE),
         ("DequeueRollouts", b"\xff", StatusCode.INVALID_ARGUMENT, errors_pb2.ERROR_REASON_INVALID_VALUE),
@@ -240,6 +242,24 @@ async def test_a_large_answer_is_asked_for_by_a_call_of_its_own(
     alone = await stub.EnqueueRollouts(enqueue("large", task), timeout=10)
     assert alone.rollouts[0].input_json == task
     assert (await store.statistics())["total_rollouts"] == 1
+
+
+async def test_what_a_query_finds_is_one_message_or_too_large(
+    stream: Stream, stub: Any, store: UnreliableStore
+) -> None:
+    await store.enqueue_rollout("small")
+    query = pb.QueryRolloutsRequest()
+
+    async def outcome() -> pb.PipelineResponse.Outcome:
+        call = stream.request("QueryRollouts", query)
+        await stream.send(call)
+        return await stream.outcome(call)
+
+    answers = [answer async for answer in stub.QueryRollouts(query, timeout=10)]
+    assert pb.QueryRolloutsResponse.FromString((await outcome()).response) == answers[0]
+    await store.enqueue_rollout("x" * 2_000_000)  # begins a message of its own
+    assert len([answer async for answer in stub.QueryRollouts(query, timeout=10)]) == 2
+    assert (await outcome()).too_large
 
 
 async def test_a_server_that_stops_answers_first(
@@ -470,6 +490,37 @@ async def test_large_answers_are_fetched_alone(client: LightningStoreClient, sto
         assert found == update
     # in vain by the pipeline once, and never again
     assert store.calls["get_resources_by_id"] == 4
+
+
+async def test_queries_go_by_the_pipeline_unless_the_last_one_found_much(
+    client: LightningStoreClient, store: UnreliableStore
+) -> None:
+    small = await store.enqueue_rollout("small")
+    large = [await store.enqueue_rollout(f"{number}" * 200_000) for number in range(10)]
+
+    async def calls_for(ids: list[str]) -> int:
+        before = store.calls["query_rollouts"]
+        found = await client.query_rollouts(rollout_id_in=ids)
+        assert [rollout.rollout_id for rollout in found] == ids
+        return store.calls["query_rollouts"] - before
+
+    few, many = [small.rollout_id], [rollout.rollout_id for rollout in large]
+    assert await calls_for(few) == 1
+    assert await calls_for(many) == 2  # in vain by the pipeline
+    assert await calls_for(many) == 1
+    assert await calls_for(few) == 1  # alone, and so small that the next one need not be
+    assert client._connect()._pipeline.takes("QueryRollouts", b"")
+    assert await calls_for(few) == 1
+    assert await calls_for(many) == 2
+
+
+async def test_queries_go_alone_to_a_server_that_takes_none_by_pipeline(
+    client: LightningStoreClient, store: UnreliableStore, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(StoreService, "has", lambda _, method: method in UNARY_HANDLERS)
+    stored = await client.enqueue_rollout("task")
+    assert [rollout.rollout_id for rollout in await client.query_rollouts()] == [stored.rollout_id]
+    assert store.calls["query_rollouts"] == 1
 
 
 async def test_streams_that_end_by_age_break_no_call(serve: Any, connect: Any, streams_opened: Any) -> None:

@@ -436,8 +436,9 @@ class LightningStoreServiceServicer(object):
     def Pipeline(self, request_iterator, context):
         """Carries many calls on one stream, which costs client and server a fraction of what as many single calls do. Called by clients
         that make many at once, for as long as they run; one stream for each connection. It takes any RPC of this service that has one
-        request and one response. Every call is let in, limited, run and answered as if it came by itself, in whatever order the
-        answers are ready. A call whose request is larger than some 256 KiB is better made by itself: it would hold up the others.
+        request and one response, and the queries, whose result is one response here. Every call is let in, limited, run and answered
+        as if it came by itself, in whatever order the answers are ready. A call whose request is larger than some 256 KiB is better
+        made by itself: it would hold up the others.
 
         When the stream breaks, it is unknown what became of the calls that were not answered: make them again with the same request_id.
         When the server is about to end the stream it sends `closing`, and goes on to answer: the client makes further calls on another

@@ -166,8 +166,9 @@ class LightningStoreServiceStub:
     Pipeline: _grpc.StreamStreamMultiCallable[_store_service_pb2.PipelineRequest, _store_service_pb2.PipelineResponse]
     """Carries many calls on one stream, which costs client and server a fraction of what as many single calls do. Called by clients
     that make many at once, for as long as they run; one stream for each connection. It takes any RPC of this service that has one
-    request and one response. Every call is let in, limited, run and answered as if it came by itself, in whatever order the
-    answers are ready. A call whose request is larger than some 256 KiB is better made by itself: it would hold up the others.
+    request and one response, and the queries, whose result is one response here. Every call is let in, limited, run and answered
+    as if it came by itself, in whatever order the answers are ready. A call whose request is larger than some 256 KiB is better
+    made by itself: it would hold up the others.
 
     When the stream breaks, it is unknown what became of the calls that were not answered: make them again with the same request_id.
     When the server is about to end the stream it sends `closing`, and goes on to answer: the client makes further calls on another
@@ -299,8 +300,9 @@ class LightningStoreServiceAsyncStub(LightningStoreServiceStub):
     Pipeline: _aio.StreamStreamMultiCallable[_store_service_pb2.PipelineRequest, _store_service_pb2.PipelineResponse]  # type: ignore[assignment]
     """Carries many calls on one stream, which costs client and server a fraction of what as many single calls do. Called by clients
     that make many at once, for as long as they run; one stream for each connection. It takes any RPC of this service that has one
-    request and one response. Every call is let in, limited, run and answered as if it came by itself, in whatever order the
-    answers are ready. A call whose request is larger than some 256 KiB is better made by itself: it would hold up the others.
+    request and one response, and the queries, whose result is one response here. Every call is let in, limited, run and answered
+    as if it came by itself, in whatever order the answers are ready. A call whose request is larger than some 256 KiB is better
+    made by itself: it would hold up the others.
 
     When the stream breaks, it is unknown what became of the calls that were not answered: make them again with the same request_id.
     When the server is about to end the stream it sends `closing`, and goes on to answer: the client makes further calls on another
@@ -609,8 +611,9 @@ class LightningStoreServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_store_service_pb2.PipelineResponse], _abc.AsyncIterator[_store_service_pb2.PipelineResponse]]:
         """Carries many calls on one stream, which costs client and server a fraction of what as many single calls do. Called by clients
         that make many at once, for as long as they run; one stream for each connection. It takes any RPC of this service that has one
-        request and one response. Every call is let in, limited, run and answered as if it came by itself, in whatever order the
-        answers are ready. A call whose request is larger than some 256 KiB is better made by itself: it would hold up the others.
+        request and one response, and the queries, whose result is one response here. Every call is let in, limited, run and answered
+        as if it came by itself, in whatever order the answers are ready. A call whose request is larger than some 256 KiB is better
+        made by itself: it would hold up the others.
 
         When the stream breaks, it is unknown what became of the calls that were not answered: make them again with the same request_id.
         When the server is about to end the stream it sends `closing`, and goes on to answer: the client makes further calls on another
