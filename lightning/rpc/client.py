@@ -292,10 +292,13 @@ class LightningStoreClient(RemoteReads):
     # --- Recording what happened -------------------------------------------------------------------------------
 
     async def add_span(self, span: Span) -> Span | None:
-        stored = await self.add_many_spans([span])
-        return stored[0] if stored else None
+        stored = await self._add_spans([span])
+        return codec.span_from_proto(stored[0]) if stored else None
 
     async def add_many_spans(self, spans: Sequence[Span]) -> Sequence[Span]:
+        return codec.DecodedLater(codec.span_from_proto, await self._add_spans(spans))
+
+    async def _add_spans(self, spans: Sequence[Span]) -> list[span_pb2.Span]:
         stored: list[span_pb2.Span] = []
         for request in list(_requests(spans)):  # all are checked before the first is sent
             response = await self._call("AddSpans", request)
@@ -303,7 +306,7 @@ class LightningStoreClient(RemoteReads):
                 if receipt.stored:
                     message.sequence_id = receipt.sequence_id
                     stored.append(message)
-        return codec.DecodedLater(codec.span_from_proto, stored)
+        return stored
 
     async def add_otel_span(
         self, rollout_id: str, attempt_id: str, readable_span: ReadableSpan, sequence_id: int | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from functools import partial
 from typing import Any
@@ -11,7 +12,6 @@ from typing import Any
 import grpc
 from google.protobuf.message import DecodeError
 from grpc.aio import ServicerContext
-from lightningpb.v1 import errors_pb2
 from lightningpb.v1 import store_service_pb2 as pb
 
 from lightning.rpc.errors import (
@@ -70,7 +70,10 @@ class _Session:
         self._line = reception.line(context)
         self._context = context
         self._tasks: dict[int, asyncio.Task[None]] = {}
-        self._unsent: list[pb.PipelineResponse.Outcome] = []
+        self._unsent: deque[pb.PipelineResponse] = deque()
+        """Messages that are to go; the last one takes further outcomes until it is full."""
+        self._sizes: deque[int] = deque()
+        """Of each, what its outcomes have, in bytes."""
         self._unsent_bytes = 0
         self._closing: pb.StreamClosing | None = None
         self._writer: asyncio.Task[None] | None = None
@@ -149,9 +152,7 @@ class _Session:
                     "and no other goes through a pipeline"
                 )
             )
-        encoded = _outcome(call_id, outcome)
-        self._unsent.append(encoded)
-        self._unsent_bytes += encoded.ByteSize()
+        self._put(call_id, outcome)
         self._write()
 
     def _forget(self, call_id: int, _: asyncio.Task[None]) -> None:
@@ -165,25 +166,34 @@ class _Session:
         """Send what is unsent. While one message is on its way, what is to be in the next comes together."""
         try:
             while self._unsent or self._closing is not None:
-                message = pb.PipelineResponse(outcomes=self._next_outcomes(), closing=self._closing)
-                self._closing = None
+                message = self._unsent.popleft() if self._unsent else pb.PipelineResponse()
+                self._unsent_bytes -= self._sizes.popleft() if self._sizes else 0
+                if self._closing is not None:
+                    message.closing.CopyFrom(self._closing)
+                    self._closing = None
                 await self._context.write(message.SerializeToString())
         except grpc.aio.BaseError as error:  # the client is gone, which ends what reads from it as well
             logger.debug("a pipeline broke: %s", error)
         finally:
             self._writer = None
 
-    def _next_outcomes(self) -> list[pb.PipelineResponse.Outcome]:
-        count = size_bytes = 0
-        for outcome in self._unsent:
-            if size_bytes > _MESSAGE_BYTES:
-                break
-            size_bytes += outcome.ByteSize()
-            count += 1
-        outcomes = self._unsent[:count]
-        del self._unsent[:count]
-        self._unsent_bytes -= size_bytes
-        return outcomes
+    def _put(self, call_id: int, outcome: Outcome) -> None:
+        if not self._unsent or self._sizes[-1] > _MESSAGE_BYTES:
+            self._unsent.append(pb.PipelineResponse())
+            self._sizes.append(0)
+        # set there, where it need not be copied
+        answer = self._unsent[-1].outcomes.add(call_id=call_id)
+        if isinstance(outcome, Failure):
+            answer.failure.status_code = outcome.status.value[0]
+            answer.failure.message = outcome.message
+            answer.failure.detail.MergeFromString(outcome.detail)
+        elif len(outcome) > SHARED_RESPONSE_BYTES:
+            answer.too_large = True
+        else:
+            answer.response = outcome
+        size_bytes = answer.ByteSize()
+        self._sizes[-1] += size_bytes
+        self._unsent_bytes += size_bytes
 
 
 def _parse(data: bytes) -> pb.PipelineRequest:
@@ -196,16 +206,3 @@ def _parse(data: bytes) -> pb.PipelineRequest:
         return pb.PipelineRequest.FromString(data)
     except DecodeError:
         raise ValueError("the request is not a lightningpb.v1.PipelineRequest") from None
-
-
-def _outcome(call_id: int, outcome: Outcome) -> pb.PipelineResponse.Outcome:
-    if not isinstance(outcome, Failure):
-        if len(outcome) > SHARED_RESPONSE_BYTES:
-            return pb.PipelineResponse.Outcome(call_id=call_id, too_large=True)
-        return pb.PipelineResponse.Outcome(call_id=call_id, response=outcome)
-    failure = pb.PipelineResponse.Failure(
-        status_code=outcome.status.value[0],
-        message=outcome.message,
-        detail=errors_pb2.ErrorDetail.FromString(outcome.detail),
-    )
-    return pb.PipelineResponse.Outcome(call_id=call_id, failure=failure)

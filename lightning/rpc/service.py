@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterator
-from contextlib import aclosing, contextmanager, suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import aclosing, suppress
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
@@ -96,6 +96,25 @@ ANSWER_HANDLERS: dict[str, AnswerHandler] = {
 STREAM_HANDLERS: dict[str, StreamHandler] = {"StreamSpans": stream_spans, "WorkerSession": worker_session}
 
 
+class _InFlight:
+    """Counts the calls that are in flight: each is inside while it is."""
+
+    def __init__(self) -> None:
+        self.ended = asyncio.Event()
+        """Set while there are none."""
+        self.ended.set()
+        self._count = 0
+
+    def __enter__(self) -> None:
+        self._count += 1
+        self.ended.clear()
+
+    def __exit__(self, *_: object) -> None:
+        self._count -= 1
+        if not self._count:
+            self.ended.set()
+
+
 class StoreService:
     """Serves one store. Belongs to the event loop that it is made on.
 
@@ -127,9 +146,7 @@ class StoreService:
         self._repeats = RepeatTable(max_bytes=limits.remembered_bytes, keep_seconds=limits.remembered_seconds)
         self._drain_reason: str | None = None
         self._waiting: set[asyncio.Future[Any]] = set()
-        self._in_flight = 0
-        self._idle = asyncio.Event()
-        self._idle.set()
+        self._in_flight = _InFlight()
         self._answers = {
             **{name: self._admitted(SERVICE, name, handler) for name, handler in UNARY_HANDLERS.items()},
             **{
@@ -164,7 +181,7 @@ class StoreService:
 
     async def answer(self, method: str, data: bytes) -> Outcome:
         """What comes of a call that came by a pipeline: the name of an RPC that it `has`, and its request."""
-        with self._call():
+        with self._in_flight:
             return await self._answers[method](data)
 
     def has(self, method: str) -> bool:
@@ -213,7 +230,7 @@ class StoreService:
             task.cancel()
         self.streams.close_all(pb.CLOSE_REASON_DRAINING, reason, last_word)
         with suppress(asyncio.TimeoutError):  # the server cancels what does not finish in time
-            await asyncio.wait_for(self._idle.wait(), grace)
+            await asyncio.wait_for(self._in_flight.ended.wait(), grace)
 
     async def close(self) -> None:
         """Cancel what is left after a drain."""
@@ -228,7 +245,7 @@ class StoreService:
         answer = self._admitted(of, name, handler)
 
         async def handle(data: bytes, context: Context) -> bytes:
-            with self._call():
+            with self._in_flight:
                 outcome = await answer(data)
                 if isinstance(outcome, Failure):
                     await abort(context, outcome)
@@ -312,7 +329,7 @@ class StoreService:
 
     async def _send_all(self, responses: AsyncGenerator[bytes, None], context: Context) -> None:
         """Send what a stream's handler yields, and at last how it failed if it does."""
-        with self._call():
+        with self._in_flight:
             async with aclosing(responses):
                 while True:
                     try:
@@ -334,18 +351,6 @@ class StoreService:
                 "send; raise max_message_bytes of LightningStoreServer and LightningStoreClient"
             )
         return data
-
-    @contextmanager
-    def _call(self) -> Iterator[None]:
-        """While a call is in flight."""
-        self._in_flight += 1
-        self._idle.clear()
-        try:
-            yield
-        finally:
-            self._in_flight -= 1
-            if not self._in_flight:
-                self._idle.set()
 
 
 def _request_class(of: ServiceDescriptor, method: str) -> type[Message]:

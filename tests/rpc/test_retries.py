@@ -227,7 +227,7 @@ async def no_claim_waits(server: LightningStoreServer) -> None:
     running = server._running
     assert running is not None
 
-    await asyncio.wait_for(running.thread.run(running.service._idle.wait()), 10)
+    await asyncio.wait_for(running.thread.run(running.service._in_flight.ended.wait()), 10)
 
 
 # --- The server is away ----------------------------------------------------------------------------------------

@@ -294,7 +294,7 @@ class MemoryPersistence(Persistence):
             self._by_attempt[attempt.attempt_id] = entry
             self._attempts_by_status[attempt.status] += 1
         for old, new in zip(before.attempts if before else (), after.attempts, strict=False):
-            if old is not new:
+            if old.status != new.status:
                 self._attempts_by_status[old.status] -= 1
                 self._attempts_by_status[new.status] += 1
         self._schedule(entry, lifecycle.next_deadline(after))
