@@ -12,6 +12,8 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from lightning.types.record import Record
+
 
 class Resource(BaseModel):
     """Base of all resource types. Define your own:
@@ -94,7 +96,7 @@ NamedResources = dict[str, Resource]
 """Resources by the name under which agents ask for them."""
 
 
-class ResourcesUpdate(BaseModel):
+class ResourcesUpdate(Record):
     """One immutable version of a set of named resources."""
 
     resources_id: str

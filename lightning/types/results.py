@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, Generic, TypeVar, overload
 
-from pydantic import BaseModel
 from typing_extensions import TypedDict
+
+from lightning.types.record import Record
 
 T = TypeVar("T")
 
 
-class PaginatedResult(BaseModel, Sequence[T], Generic[T]):
+class PaginatedResult(Record, Sequence[T], Generic[T]):
     """A page of results that reads like a list: iterate, index, `len()`."""
 
     items: list[T]

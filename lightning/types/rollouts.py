@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import Field, ValidationError
+
+from lightning.types.record import Record
 
 RolloutStatus = Literal["queuing", "preparing", "running", "succeeded", "failed", "requeuing", "cancelled"]
 AttemptStatus = Literal["preparing", "running", "succeeded", "failed", "timeout", "unresponsive", "cancelled"]
@@ -15,7 +17,7 @@ _MOST_ATTEMPTS = 2**32 - 1
 """What the wire has room for."""
 
 
-class RolloutConfig(BaseModel):
+class RolloutConfig(Record):
     """When an attempt is given up, and whether the rollout is then tried again."""
 
     timeout_seconds: float | None = Field(default=None, gt=0, allow_inf_nan=False)
@@ -39,7 +41,7 @@ class RolloutConfig(BaseModel):
             raise ValueError(f"RolloutConfig.{field} is {first['input']!r}: {first['msg']}") from None
 
 
-class Attempt(BaseModel):
+class Attempt(Record):
     """One execution of a rollout."""
 
     rollout_id: str
@@ -58,7 +60,7 @@ class Attempt(BaseModel):
     metadata: dict[str, Any] | None = None
 
 
-class Rollout(BaseModel):
+class Rollout(Record):
     """One task, from the moment it is handed out until it ends."""
 
     rollout_id: str
@@ -81,7 +83,7 @@ class AttemptedRollout(Rollout):
     attempt: Attempt
 
 
-class RolloutEvent(BaseModel):
+class RolloutEvent(Record):
     """What somebody who watches rollouts is told: how one of them is now."""
 
     rollout: Rollout
@@ -93,7 +95,7 @@ class RolloutEvent(BaseModel):
     `after_revision`."""
 
 
-class EnqueueRolloutRequest(BaseModel):
+class EnqueueRolloutRequest(Record):
     """One element of `LightningStore.enqueue_many_rollouts`; fields as in `LightningStore.enqueue_rollout`."""
 
     input: Any

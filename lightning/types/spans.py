@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
+
+from lightning.types.record import Record
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import ReadableSpan
@@ -18,7 +20,7 @@ TraceState = dict[str, str]
 StatusCode = Literal["UNSET", "OK", "ERROR"]
 
 
-class SpanContext(BaseModel):
+class SpanContext(Record):
     """Identity of a span across systems."""
 
     trace_id: str
@@ -30,14 +32,14 @@ class SpanContext(BaseModel):
     """W3C trace state; its order means something and is kept."""
 
 
-class TraceStatus(BaseModel):
+class TraceStatus(Record):
     """Outcome of the operation that a span describes."""
 
     status_code: StatusCode = "UNSET"
     description: str | None = None
 
 
-class Event(BaseModel):
+class Event(Record):
     """Something that happened at one moment within a span."""
 
     name: str
@@ -46,21 +48,21 @@ class Event(BaseModel):
     """Seconds since the epoch."""
 
 
-class Link(BaseModel):
+class Link(Record):
     """A reference to a span that is related but not the parent."""
 
     context: SpanContext
     attributes: Attributes | None = None
 
 
-class OtelResource(BaseModel):
+class OtelResource(Record):
     """The entity that produced a span (not a `Resource` of the store)."""
 
     attributes: Attributes = Field(default_factory=dict)
     schema_url: str = ""
 
 
-class Span(BaseModel):
+class Span(Record):
     """One traced operation of an attempt. Fields beyond these are kept as they are, if JSON can hold them."""
 
     model_config = ConfigDict(extra="allow")

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import Field
 
+from lightning.types.record import Record
 from lightning.types.rollouts import AttemptStatus
 
 WorkerStatus = Literal["idle", "busy", "unknown"]
 
 
-class Worker(BaseModel):
+class Worker(Record):
     """A process (or part of one) that executes rollouts. Times are seconds since the epoch."""
 
     worker_id: str
@@ -27,14 +28,14 @@ class Worker(BaseModel):
     current_attempt_id: str | None = None
 
 
-class AttemptRef(BaseModel):
+class AttemptRef(Record):
     """Names one attempt."""
 
     rollout_id: str
     attempt_id: str
 
 
-class WorkerHeartbeat(BaseModel):
+class WorkerHeartbeat(Record):
     """A worker process saying that it lives, and what it is working on."""
 
     worker_id: str
@@ -48,7 +49,7 @@ class WorkerHeartbeat(BaseModel):
     """Silence after which the worker's status reads `unknown`: its interval + jitter + 1 s. None: the default."""
 
 
-class CancelAttempt(BaseModel):
+class CancelAttempt(Record):
     """The attempt is closed: interrupt its execution, report nothing, take the next task."""
 
     kind: Literal["cancel_attempt"] = "cancel_attempt"
@@ -58,21 +59,21 @@ class CancelAttempt(BaseModel):
     """Why: the status in which the attempt was closed; `cancelled` too if it is another's now, or unknown."""
 
 
-class Drain(BaseModel):
+class Drain(Record):
     """Finish what is running, claim nothing more, then exit."""
 
     kind: Literal["drain"] = "drain"
     reason: str = ""
 
 
-class Stop(BaseModel):
+class Stop(Record):
     """The job is over: interrupt what is running and exit."""
 
     kind: Literal["stop"] = "stop"
     reason: str = ""
 
 
-class ResourcesChanged(BaseModel):
+class ResourcesChanged(Record):
     """New resources are the latest ones now."""
 
     kind: Literal["resources_changed"] = "resources_changed"
@@ -84,7 +85,7 @@ WorkerCommand = Annotated[CancelAttempt | Drain | Stop | ResourcesChanged, Field
 """What the store tells a worker, in a heartbeat's reply or pushed as soon as it happens."""
 
 
-class HeartbeatReply(BaseModel):
+class HeartbeatReply(Record):
     """Answer to a heartbeat."""
 
     worker: Worker

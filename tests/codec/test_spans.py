@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import enum
 import math
+import pickle
 from typing import Any
 
 import pytest
@@ -124,6 +126,21 @@ def test_a_decoded_span_is_a_full_record() -> None:
     back.name = "renamed"
     assert back.model_copy(deep=True).name == "renamed"
     assert Span.model_validate_json(back.model_dump_json()) == back
+
+
+def test_all_fields_of_a_decoded_span_were_set() -> None:
+    names = set(Span.model_fields)
+    assert over_the_wire(make_span()).model_fields_set == names
+    assert over_the_wire(make_span()).model_dump(exclude_unset=True).keys() == names
+    back = over_the_wire(make_span())
+    assert back.model_dump(exclude_unset=True) == back.model_dump()
+    for copied in (copy.copy(back), copy.deepcopy(back), pickle.loads(pickle.dumps(back))):
+        assert copied == back
+        assert copied.model_fields_set == names
+    back.further = 1  # type: ignore[attr-defined]
+    assert back.model_fields_set == {*names, "further"}
+    with pytest.raises(AttributeError, match="'Span' object has no attribute 'another'"):
+        _ = back.another  # type: ignore[attr-defined]
 
 
 def test_decoded_spans_share_nothing() -> None:
