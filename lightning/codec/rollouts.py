@@ -39,19 +39,20 @@ def config_to_proto(config: RolloutConfig) -> rollout_pb2.RolloutConfig:
 
 def config_from_proto(message: rollout_pb2.RolloutConfig) -> RolloutConfig:
     """Decode and check a rollout's config. Raises `ValueError` naming the field that is wrong."""
-    return RolloutConfig.checked(
-        {
-            "timeout_seconds": message.timeout_seconds if message.HasField("timeout_seconds") else None,
-            "unresponsive_seconds": message.unresponsive_seconds
-            if message.HasField("unresponsive_seconds")
-            else None,
-            "max_attempts": message.max_attempts or 1,
-            "retry_condition": [
-                ATTEMPT_STATUS.to_word(status, "RolloutConfig.retry_condition")
-                for status in message.retry_condition
-            ],
-        }
-    )
+    timeout = message.timeout_seconds if message.HasField("timeout_seconds") else None
+    unresponsive = message.unresponsive_seconds if message.HasField("unresponsive_seconds") else None
+    fields = {
+        "timeout_seconds": timeout,
+        "unresponsive_seconds": unresponsive,
+        "max_attempts": message.max_attempts or 1,
+        "retry_condition": [
+            ATTEMPT_STATUS.to_word(status, "RolloutConfig.retry_condition")
+            for status in message.retry_condition
+        ],
+    }
+    if timeout is None and unresponsive is None:  # nothing else could be wrong, and most have no limits
+        return construct(RolloutConfig, fields)
+    return RolloutConfig.checked(fields)
 
 
 def mode_to_proto(mode: RolloutMode | None) -> rollout_pb2.RolloutMode.ValueType:
