@@ -258,6 +258,8 @@ def _read_context(source: span_pb2.SpanContext) -> SpanContext:
             "trace_id": source.trace_id,
             "span_id": source.span_id,
             "is_remote": source.is_remote,
-            "trace_state": {entry.key: entry.value for entry in source.trace_state},
+            "trace_state": {entry.key: entry.value for entry in entries}
+            if (entries := source.trace_state)
+            else {},
         },
     )
