@@ -29,7 +29,8 @@ from benchmarks.store import message_sizes
 from lightning import codec
 from lightning.rpc.handlers import UNARY_HANDLERS
 from lightning.rpc.options import ServerLimits
-from lightning.rpc.service import StoreService
+from lightning.rpc.requests import reader
+from lightning.rpc.service import SERVICE, StoreService
 from lightning.store.contract import LightningStore
 
 CALLS = ("update_worker", "enqueue", "dequeue", "dequeue_empty", "add_span_1KB")
@@ -75,21 +76,22 @@ async def service_calls(store: LightningStore, n: int) -> dict[str, Call]:
     def add_span(i: int) -> Any:
         return pb.AddSpansRequest(request_id=next(ids), spans=[codec.span_to_proto(spans[i])])
 
-    def served(method: str, kind: Any, make: Callable[[int], Any]) -> Call:
+    def served(method: str, make: Callable[[int], Any]) -> Call:
         data = [make(i).SerializeToString() for i in range(n)]
+        read = reader(SERVICE, method)
 
         async def call(i: int) -> None:
-            answer = await UNARY_HANDLERS[method](service, kind.FromString(data[i]))
+            answer = await UNARY_HANDLERS[method](service, read(data[i]))
             answer.SerializeToString()
 
         return call
 
     return {
-        "update_worker": served("UpdateWorker", pb.UpdateWorkerRequest, heartbeat),
-        "enqueue": served("EnqueueRollouts", pb.EnqueueRolloutsRequest, enqueue),
-        "dequeue": served("DequeueRollouts", pb.DequeueRolloutsRequest, claim),
-        "dequeue_empty": served("DequeueRollouts", pb.DequeueRolloutsRequest, claim),
-        "add_span_1KB": served("AddSpans", pb.AddSpansRequest, add_span),
+        "update_worker": served("UpdateWorker", heartbeat),
+        "enqueue": served("EnqueueRollouts", enqueue),
+        "dequeue": served("DequeueRollouts", claim),
+        "dequeue_empty": served("DequeueRollouts", claim),
+        "add_span_1KB": served("AddSpans", add_span),
     }
 
 

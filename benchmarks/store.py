@@ -18,7 +18,8 @@ from benchmarks.shared.store_bench import spans_of
 from lightning import codec
 from lightning.rpc.handlers import UNARY_HANDLERS
 from lightning.rpc.options import ServerLimits
-from lightning.rpc.service import StoreService
+from lightning.rpc.requests import reader
+from lightning.rpc.service import SERVICE, StoreService
 
 SCRIPT = "benchmarks/shared/store_bench.py"
 _CALLERS = 16
@@ -112,8 +113,9 @@ async def message_sizes() -> dict[str, tuple[int, int]]:
     sizes: dict[str, tuple[int, int]] = {}
 
     async def call(name: str, method: str, request: Any) -> None:
-        answer = await UNARY_HANDLERS[method](service, request)
-        sizes[name] = (request.ByteSize(), answer.ByteSize())
+        data = request.SerializeToString()
+        answer = await UNARY_HANDLERS[method](service, reader(SERVICE, method)(data))
+        sizes[name] = (len(data), answer.ByteSize())
 
     await store.add_resources({"p": lightning.PromptTemplate(template="hi {x}")})
     heartbeat = pb.UpdateWorkerRequest(

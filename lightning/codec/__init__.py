@@ -7,7 +7,7 @@ naming the path; decoding raises `ValueError` for what no honest peer sends. Not
 from __future__ import annotations
 
 from lightning.codec.attributes import MAX_ATTRIBUTE_DEPTH, read_attributes, write_attributes
-from lightning.codec.batches import batch_request, chunked
+from lightning.codec.batches import batch_request, chunked, items_in
 from lightning.codec.building import DecodedLater, build, decode_many, decode_object, encode_object
 from lightning.codec.enums import (
     ATTEMPT_STATUS,
@@ -108,6 +108,7 @@ __all__ = [
     "events_from_proto",
     "heartbeat_from_proto",
     "heartbeat_to_proto",
+    "items_in",
     "mode_from_proto",
     "mode_to_proto",
     "page_from_proto",

@@ -1,4 +1,4 @@
-"""Messages put together from parts that are encoded already: each is copied once, and none parsed.
+"""Messages put together from parts that are encoded already, and taken apart: each is copied once, and none parsed.
 
 On the wire a message within a message is its field, its length and its bytes, and a repeated field is one such after
 the other: https://protobuf.dev/programming-guides/encoding/#repeated
@@ -7,8 +7,12 @@ the other: https://protobuf.dev/programming-guides/encoding/#repeated
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from functools import lru_cache
+from functools import cache, lru_cache
+from typing import Any
 
+from google.protobuf.descriptor_pb2 import FieldDescriptorProto, FileDescriptorProto
+from google.protobuf.descriptor_pool import DescriptorPool
+from google.protobuf.message_factory import GetMessageClass
 from lightningpb.v1 import store_service_pb2 as pb
 
 _LENGTH_DELIMITED = 2
@@ -45,6 +49,33 @@ def chunked(start: bytes, field: int, items: Iterable[bytes], limit_bytes: int) 
         parts += (_header(field, len(item)), item)
         size_bytes += len(item)
     yield b"".join((start, *parts))
+
+
+def items_in(data: bytes, field: int) -> list[bytes]:
+    """The messages in a field of a serialised message, each of them serialised as it is there: what `chunked` puts in.
+
+    Args:
+        data: The serialised message, of any kind that protobuf has parsed.
+        field: The number of a field of messages, repeated or not. Of one that is not, and there more than once all the
+            same, protobuf merges the messages, which comes to the same as parsing them joined.
+    """
+    return list(_only(field).FromString(data).items)
+
+
+@cache
+def _only(field: int) -> Any:
+    """A class of messages that have this field alone, and know no more of what is in it than its bytes."""
+    name = f"Only{field}"
+    file = FileDescriptorProto(name=f"lightning/only_{field}.proto", package="lightning", syntax="proto3")
+    file.message_type.add(name=name).field.add(
+        name="items",
+        number=field,
+        type=FieldDescriptorProto.TYPE_BYTES,
+        label=FieldDescriptorProto.LABEL_REPEATED,
+    )
+    pool = DescriptorPool()
+    pool.Add(file)
+    return GetMessageClass(pool.FindMessageTypeByName(f"lightning.{name}"))
 
 
 @lru_cache(maxsize=4096)

@@ -15,6 +15,7 @@ from lightningpb.v1 import store_service_pb2 as pb
 
 from lightning import codec
 from lightning.codec.building import decode_object
+from lightning.rpc.requests import AddedSpans, ReceivedSpans
 from lightning.store.contract import LightningStore
 from lightning.store.engine import StoreEngine
 from lightning.store.idempotency import request as request_scope
@@ -153,25 +154,24 @@ async def wait_for_rollouts(service: StoreService, request: pb.WaitForRolloutsRe
 # --- Recording what happened -----------------------------------------------------------------------------------
 
 
-async def add_spans(service: StoreService, request: pb.AddSpansRequest) -> Message:
+async def add_spans(service: StoreService, request: AddedSpans) -> Message:
     return pb.AddSpansResponse(receipts=await receive_spans(service.store, request.spans))
 
 
-async def receive_spans(store: LightningStore, spans: Sequence[span_pb2.Span]) -> list[span_pb2.SpanReceipt]:
+async def receive_spans(store: LightningStore, spans: ReceivedSpans) -> list[span_pb2.SpanReceipt]:
     """Store spans, and say what became of each."""
     if isinstance(store, StoreEngine) and type(store).add_many_spans is StoreEngine.add_many_spans:
         # it keeps spans encoded as they are here
         records = []
-        for span in spans:
-            encoded = span.SerializeToString()
+        for span, encoded in zip(*spans, strict=True):
             codec.check_span(span, encoded)
             records.append(SpanRecord(span.attempt_id, span.span_id, span.sequence_id, encoded))
-        receipts = await store.add_span_records([span.rollout_id for span in spans], records)
+        receipts = await store.add_span_records([span.rollout_id for span in spans.messages], records)
         return [
             span_pb2.SpanReceipt(sequence_id=receipt.sequence_id, stored=receipt.stored)
             for receipt in receipts
         ]
-    decoded = [codec.span_from_proto(span) for span in spans]
+    decoded = [codec.span_from_proto(span) for span in spans.messages]
     numbers = {_span_key(span): span.sequence_id for span in await store.add_many_spans(decoded)}
     # popped: a second one in the same request is a duplicate
     found = [numbers.pop(_span_key(span), None) for span in decoded]

@@ -15,8 +15,7 @@ from typing import Any, Protocol, TypeVar
 
 import grpc
 from google.protobuf.descriptor import ServiceDescriptor
-from google.protobuf.message import DecodeError, Message
-from google.protobuf.message_factory import GetMessageClass
+from google.protobuf.message import Message
 from grpc.aio import ServicerContext
 from lightningpb.v1 import store_service_pb2 as pb
 
@@ -31,6 +30,7 @@ from lightning.rpc.handlers import QUERY_HANDLERS, UNARY_HANDLERS, QueryHandler,
 from lightning.rpc.options import ServerLimits
 from lightning.rpc.otlp import OTLP_HANDLERS, OTLP_SERVICE
 from lightning.rpc.repeats import Outcome, RepeatTable
+from lightning.rpc.requests import reader
 from lightning.rpc.rollout_watches import watch_rollouts
 from lightning.rpc.span_sessions import SpanSessions, stream_spans
 from lightning.rpc.streams import OpenStreams
@@ -136,8 +136,8 @@ class StoreService:
         self.store_class = store_class
         self.limits = limits
         self._suspect = suspect
-        # of a class derived from one of ours nothing is known
-        self._instant = type(store) is InMemoryLightningStore and store.instant
+        self.instant = type(store) is InMemoryLightningStore and store.instant
+        """Whether no verb that changes something suspends in its middle. Of derived classes nothing is known."""
         self.instance_id = uuid.uuid4().hex
         self.streams = OpenStreams(limits.max_connection_age)
         self.span_sessions = SpanSessions(
@@ -190,10 +190,10 @@ class StoreService:
 
     def is_instant(self, method: str, data: bytes) -> bool:
         """Whether `answer` has this outcome without waiting for anything."""
-        if not self._instant or method not in _MAY_WAIT:
-            return self._instant
+        if not self.instant or method not in _MAY_WAIT:
+            return self.instant
         try:
-            return not _MAY_WAIT[method](_parse(_request_class(SERVICE, method), data))
+            return not _MAY_WAIT[method](reader(SERVICE, method)(data))
         except ValueError:
             return True  # to be refused
 
@@ -260,8 +260,8 @@ class StoreService:
         handler: Callable[[StoreService, Any], Awaitable[Message | bytes]],
     ) -> Callable[[bytes], Awaitable[Outcome]]:
         """What makes an outcome of a serialised request."""
-        request_class = _request_class(of, name)
-        changes_something = "request_id" in request_class.DESCRIPTOR.fields_by_name
+        read = reader(of, name)
+        changes_something = "request_id" in of.methods_by_name[name].input_type.fields_by_name
 
         async def run(request: Any) -> Outcome:
             try:
@@ -277,7 +277,7 @@ class StoreService:
         async def admit(data: bytes) -> Outcome:
             try:
                 self.refuse_while_draining()
-                request = _parse(request_class, data)
+                request = read(data)
             except (StoreDrainingError, ValueError) as error:
                 return to_failure(error)
             if not changes_something or not request.request_id:
@@ -290,17 +290,17 @@ class StoreService:
             # a claim that waits for work must not go on waiting when the runner is gone
             waits = name in _MAY_WAIT and _MAY_WAIT[name](request)
             return await self._repeats.run(
-                key, lambda: run_once(request), abandonable=waits, instant=self._instant and not waits
+                key, lambda: run_once(request), abandonable=waits, instant=self.instant and not waits
             )
 
         return admit
 
     def _answer(self, name: str, handler: AnswerHandler) -> Callable[..., Awaitable[None]]:
-        request_class = _request_class(SERVICE, name)
+        read = reader(SERVICE, name)
 
         async def answer(data: bytes) -> AsyncGenerator[bytes, None]:
             self.refuse_while_draining()
-            async with aclosing(handler(self, _parse(request_class, data))) as messages:
+            async with aclosing(handler(self, read(data))) as messages:
                 async for message in messages:
                     yield self._serialised(message)
 
@@ -310,11 +310,11 @@ class StoreService:
         return handle
 
     def _stream(self, name: str, handler: StreamHandler) -> Callable[..., Awaitable[None]]:
-        request_class = _request_class(SERVICE, name)
+        read = reader(SERVICE, name)
 
         async def parsed(requests: AsyncIterator[bytes]) -> AsyncGenerator[Any, None]:
             async for data in requests:
-                yield _parse(request_class, data)
+                yield read(data)
 
         async def answer(requests: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:
             self.refuse_while_draining()
@@ -351,14 +351,3 @@ class StoreService:
                 "send; raise max_message_bytes of LightningStoreServer and LightningStoreClient"
             )
         return data
-
-
-def _request_class(of: ServiceDescriptor, method: str) -> type[Message]:
-    return GetMessageClass(of.methods_by_name[method].input_type)
-
-
-def _parse(request_class: type[Message], data: bytes) -> Any:
-    try:
-        return request_class.FromString(data)
-    except DecodeError:
-        raise ValueError(f"the request is not a {request_class.DESCRIPTOR.full_name}") from None

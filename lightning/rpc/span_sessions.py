@@ -21,6 +21,7 @@ from lightningpb.v1 import store_service_pb2 as pb
 
 from lightning.rpc.errors import LimitExceededError, to_failure
 from lightning.rpc.handlers import receive_spans
+from lightning.rpc.requests import SpanBatch
 from lightning.rpc.streams import Outbox
 
 if TYPE_CHECKING:
@@ -35,6 +36,9 @@ _FRAME_BYTES = 64
 """What a message has beside its batch."""
 _MAX_SESSION_ID_LENGTH = 256
 _SESSION_OVERHEAD_BYTES = 1024
+
+_Request = SpanBatch | pb.StreamSpansRequest.Open | None
+"""What a stream's messages are read as; None for one that is neither."""
 
 
 class SpanSession:
@@ -52,12 +56,20 @@ class SpanSession:
         self._answers: deque[pb.StreamSpansResponse] = deque(maxlen=2 * CREDITS)
         self._storing: asyncio.Task[None] | None = None
 
-    async def store(self, store: LightningStore, batch: pb.StreamSpansRequest.Batch) -> None:
+    async def store(self, store: LightningStore, batch: SpanBatch, *, instant: bool) -> None:
         """Store a batch, or find that it must be refused, and note the answer; goes on if the caller is cancelled.
+
+        Args:
+            store: Where.
+            batch: What.
+            instant: The caller cannot be cancelled in the middle, so this needs no task of its own.
 
         Raises:
             ConnectionError: The store cannot be reached; nothing is known about the batch.
         """
+        if instant:
+            await self._store(store, batch)
+            return
         self._storing = asyncio.get_running_loop().create_task(self._store(store, batch))
         self._storing.add_done_callback(_retrieve)
         await asyncio.shield(self._storing)
@@ -87,7 +99,7 @@ class SpanSession:
         """About what it takes to remember this."""
         return _SESSION_OVERHEAD_BYTES + sum(answer.ByteSize() for answer in self._answers)
 
-    async def _store(self, store: LightningStore, batch: pb.StreamSpansRequest.Batch) -> None:
+    async def _store(self, store: LightningStore, batch: SpanBatch) -> None:
         number = batch.batch_sequence
         try:
             receipts = await receive_spans(store, batch.spans)
@@ -166,14 +178,14 @@ def _retrieve(task: asyncio.Task[None]) -> None:
 class _Intake:
     """The batches of a stream in their order, some of them read in advance."""
 
-    def __init__(self, requests: AsyncIterator[pb.StreamSpansRequest], answered: int) -> None:
+    def __init__(self, requests: AsyncIterator[_Request], answered: int) -> None:
         self._requests = requests
         self._expected = answered + 1
-        self._ahead: deque[tuple[pb.StreamSpansRequest.Batch, int]] = deque()
+        self._ahead: deque[SpanBatch] = deque()
         self._ahead_bytes = 0
         self._changed = asyncio.Event()
 
-    async def batches(self) -> AsyncGenerator[pb.StreamSpansRequest.Batch, None]:
+    async def batches(self) -> AsyncGenerator[SpanBatch, None]:
         """Each batch. The next is asked for when the last is answered.
 
         Raises:
@@ -186,10 +198,10 @@ class _Intake:
         try:
             while True:
                 while self._ahead:
-                    batch, size = self._ahead[0]
+                    batch = self._ahead[0]
                     yield batch  # counted until it is answered
                     self._ahead.popleft()
-                    self._ahead_bytes -= size
+                    self._ahead_bytes -= batch.size_bytes
                     self._changed.set()
                 if reading.done():
                     await reading
@@ -203,9 +215,8 @@ class _Intake:
     async def _read(self) -> None:
         async for request in self._requests:
             batch = self._check(request)
-            size = batch.ByteSize()
-            self._ahead.append((batch, size))
-            self._ahead_bytes += size
+            self._ahead.append(batch)
+            self._ahead_bytes += batch.size_bytes
             self._changed.set()
             if len(self._ahead) > CREDITS:
                 raise LimitExceededError(
@@ -216,19 +227,19 @@ class _Intake:
                 self._changed.clear()
                 await self._changed.wait()
 
-    def _check(self, request: pb.StreamSpansRequest) -> pb.StreamSpansRequest.Batch:
-        if request.WhichOneof("message") != "batch":
+    def _check(self, request: _Request) -> SpanBatch:
+        if not isinstance(request, SpanBatch):
             raise ValueError("a StreamSpans takes one Open, then batches")
-        if request.batch.batch_sequence != self._expected:
+        if request.batch_sequence != self._expected:
             raise ValueError(
-                f"batches count up by one: {self._expected} is next, not {request.batch.batch_sequence}"
+                f"batches count up by one: {self._expected} is next, not {request.batch_sequence}"
             )
         self._expected += 1
-        return request.batch
+        return request
 
 
 async def stream_spans(
-    service: StoreService, requests: AsyncIterator[pb.StreamSpansRequest]
+    service: StoreService, requests: AsyncIterator[_Request]
 ) -> AsyncGenerator[Message, None]:
     """Batches up, acknowledgements down."""
     opened = await _first(requests)
@@ -269,26 +280,27 @@ def _opened(service: StoreService, acknowledged: int) -> pb.StreamSpansResponse:
     )
 
 
-async def _first(requests: AsyncIterator[pb.StreamSpansRequest]) -> pb.StreamSpansRequest.Open:
+async def _first(requests: AsyncIterator[_Request]) -> pb.StreamSpansRequest.Open:
     async for request in requests:
-        if request.WhichOneof("message") != "open":
+        if not isinstance(request, pb.StreamSpansRequest.Open):
             break
-        if not 0 < len(request.open.session_id) <= _MAX_SESSION_ID_LENGTH:
+        if not 0 < len(request.session_id) <= _MAX_SESSION_ID_LENGTH:
             raise ValueError(f"Open.session_id must have 1 to {_MAX_SESSION_ID_LENGTH} characters")
-        if request.open.resume_from < 0:
-            raise ValueError(f"Open.resume_from is negative: {request.open.resume_from}")
-        return request.open
+        if request.resume_from < 0:
+            raise ValueError(f"Open.resume_from is negative: {request.resume_from}")
+        return request
     raise ValueError("the first message of a StreamSpans must be an Open")
 
 
 async def _store_batches(
     service: StoreService,
     session: SpanSession,
-    requests: AsyncIterator[pb.StreamSpansRequest],
+    requests: AsyncIterator[_Request],
     outbox: Outbox[pb.StreamSpansResponse],
 ) -> None:
     intake = _Intake(requests, session.acknowledged)
     async with aclosing(intake.batches()) as batches:
         async for batch in batches:
-            await session.store(service.store, batch)
+            await session.store(service.store, batch, instant=service.instant)
             await outbox.put(session.answers_after(batch.batch_sequence - 1)[0])
+            await asyncio.sleep(0)  # who sends one after the other does not keep the others waiting

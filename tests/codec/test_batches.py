@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from lightningpb.v1 import span_pb2
 from lightningpb.v1 import store_service_pb2 as pb
 
-from lightning.codec import batch_request, chunked, span_from_proto
+from lightning.codec import batch_request, chunked, items_in, span_from_proto
 from lightning.codec.spans import parse_span, renumber_span
 
 _SPANS = pb.QuerySpansResponse.DESCRIPTOR.fields_by_name["spans"].number
@@ -31,6 +31,21 @@ def test_items_arrive_in_messages_of_at_most_so_many_bytes(sizes: list[int], lim
     for message in (first, *others):
         assert len(message.spans) == 1 or sum(span.ByteSize() for span in message.spans) <= limit_bytes
         assert message.spans or not spans
+
+
+@given(st.lists(_SIZES, max_size=5), st.integers(1, 50_000))
+def test_items_are_taken_out_as_they_were_put_in(sizes: list[int], limit_bytes: int) -> None:
+    encoded = [span.SerializeToString() for span in spans_of(sizes)]
+    start = pb.QuerySpansResponse(page_info=pb.PageInfo(total=7)).SerializeToString()
+    messages = chunked(start, _SPANS, encoded, limit_bytes)
+    assert [item for data in messages for item in items_in(data, _SPANS)] == encoded
+
+
+def test_items_are_left_as_they_are_whatever_is_in_them() -> None:
+    items = [b"", b"\xff no message \xff", b"\x00"]
+    (data,) = chunked(b"", _SPANS, items, 1000)
+    assert items_in(data, _SPANS) == items
+    assert items_in(data, _SPANS + 1) == []
 
 
 def test_no_items_are_one_message() -> None:

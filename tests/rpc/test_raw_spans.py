@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import grpc
@@ -86,3 +86,47 @@ async def test_receipts_come_in_the_order_of_the_request(wrap: Any, serve: Any) 
         answer = await asyncio.to_thread(stub.AddSpans, pb.AddSpansRequest(spans=spans), timeout=10)
     assert [receipt.stored for receipt in answer.receipts] == [True, True, False, True]
     assert [answer.receipts[index].sequence_id for index in (0, 1, 3)] == [1, 1, 2]
+
+
+UNKNOWN_GROUP = b"\xfb\x07", b"\xfc\x07"
+"""What begins and ends a group with a number that no field of a span has."""
+
+
+async def add_encoded(endpoint: str, spans: Sequence[bytes]) -> pb.AddSpansResponse:
+    (request,) = codec.chunked(b"", pb.AddSpansRequest.SPANS_FIELD_NUMBER, spans, 2**20)
+    with grpc.insecure_channel(endpoint) as channel:
+        call = channel.unary_unary(
+            "/lightningpb.v1.LightningStoreService/AddSpans",
+            response_deserializer=pb.AddSpansResponse.FromString,
+        )
+        return await asyncio.to_thread(call, request, timeout=10)  # type: ignore[no-any-return]
+
+
+async def test_a_span_means_what_it_says_however_it_is_encoded(
+    server: LightningStoreServer, client: Any
+) -> None:
+    rollout = await server.start_rollout("task")
+    span = codec.span_to_proto(make_span(rollout, attributes={"a": 1}))
+    late_ids = span_pb2.Span(rollout_id=rollout.rollout_id, attempt_id=rollout.attempt.attempt_id)
+    early = span_pb2.Span(rollout_id="ro-another", attempt_id="at-another", name="not this one")
+    encoded = early.SerializeToString() + span.SerializeToString() + late_ids.SerializeToString()
+    answer = await add_encoded(server.endpoint, [encoded])
+    assert [receipt.stored for receipt in answer.receipts] == [True]
+    (found,) = await client.query_spans(rollout.rollout_id)
+    span.sequence_id = 1
+    assert codec.span_to_proto(found) == span
+
+
+@pytest.mark.parametrize(("levels", "taken"), [(99, True), (100, False)])
+async def test_what_is_unknown_may_be_as_deep_as_can_be_read_again(
+    levels: int, taken: bool, server: LightningStoreServer, client: Any
+) -> None:
+    rollout = await server.start_rollout("task")
+    begins, ends = UNKNOWN_GROUP
+    encoded = codec.span_to_proto(make_span(rollout)).SerializeToString() + begins * levels + ends * levels
+    if taken:
+        await add_encoded(server.endpoint, [encoded])
+    else:
+        with pytest.raises(grpc.RpcError, match="not a lightningpb.v1.AddSpansRequest"):
+            await add_encoded(server.endpoint, [encoded])
+    assert len(await client.query_spans(rollout.rollout_id)) == taken
