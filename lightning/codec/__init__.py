@@ -56,7 +56,6 @@ from lightning.codec.spans import (
     encode_span,
     span_from_proto,
     span_to_proto,
-    write_span,
 )
 from lightning.codec.updates import (
     attempt_changes_from_proto,
@@ -133,5 +132,4 @@ __all__ = [
     "worker_from_proto",
     "worker_to_proto",
     "write_attributes",
-    "write_span",
 ]

@@ -25,20 +25,14 @@ _OWN_FIELDS = (
 
 
 def span_to_proto(span: Span) -> span_pb2.Span:
-    """Encode a span. Raises as `write_span`."""
-    message = span_pb2.Span()
-    write_span(message, span)
-    return message
-
-
-def write_span(message: span_pb2.Span, span: Span) -> None:
-    """Encode a span into a message that is empty, such as one just added to a request, which need not be copied then.
+    """Encode a span.
 
     Raises:
         TypeError: An attribute of a type that OpenTelemetry does not have, or a further field of one that JSON does not
             have; the message names the path, as `attributes["a"][3]`.
         ValueError: A value of a type that fits but that cannot be stored, such as an integer of more than 64 bits.
     """
+    message = span_pb2.Span()
     _write_own_fields(message, span)
     status = span.status
     message.status.code = SPAN_STATUS_CODE.to_number(status.status_code, "status.status_code")
@@ -62,6 +56,7 @@ def write_span(message: span_pb2.Span, span: Span) -> None:
         write_attributes(message.resource.attributes, resource.attributes, "resource.attributes")
     if resource.schema_url:
         message.resource.MergeFrom(build(span_pb2.OtelResource, schema_url=resource.schema_url))
+    return message
 
 
 def _write_own_fields(message: span_pb2.Span, span: Span) -> None:

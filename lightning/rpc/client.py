@@ -65,7 +65,7 @@ T = TypeVar("T")
 _WAIT_SLICE_SECONDS = 60.0
 """Longer waits are made of several calls, so that no call is open for ever."""
 _MAX_BATCH_BYTES = 16 * 1024 * 1024
-"""Spans are sent in requests of about this size, unless one span alone is larger."""
+"""Spans are sent in requests of about this size; one that is larger alone, which may be the server's to refuse."""
 _READY_TIMEOUT_SECONDS = 60.0
 
 _ids = Random()
@@ -299,13 +299,18 @@ class LightningStoreClient(RemoteReads):
         return codec.DecodedLater(codec.span_from_proto, await self._add_spans(spans))
 
     async def _add_spans(self, spans: Sequence[Span]) -> list[span_pb2.Span]:
+        messages = [codec.span_to_proto(span) for span in spans]  # all are checked before the first is sent
+        encoded = [message.SerializeToString() for message in messages]
+        receipts: list[span_pb2.SpanReceipt] = []
+        if encoded:
+            for part in codec.chunked(b"", pb.AddSpansRequest.SPANS_FIELD_NUMBER, encoded, _MAX_BATCH_BYTES):
+                start = pb.AddSpansRequest(request_id=_new_id()).SerializeToString()
+                receipts += (await self._call("AddSpans", start + part)).receipts
         stored: list[span_pb2.Span] = []
-        for request in list(_requests(spans)):  # all are checked before the first is sent
-            response = await self._call("AddSpans", request)
-            for message, receipt in zip(request.spans, response.receipts, strict=True):
-                if receipt.stored:
-                    message.sequence_id = receipt.sequence_id
-                    stored.append(message)
+        for message, receipt in zip(messages, receipts, strict=True):
+            if receipt.stored:
+                message.sequence_id = receipt.sequence_id
+                stored.append(message)
         return stored
 
     async def add_otel_span(
@@ -509,20 +514,3 @@ def _slices(timeout: float | None) -> Iterator[tuple[float, bool]]:
     while True:
         rest = max(0.0, deadline - time.monotonic())
         yield min(rest, _WAIT_SLICE_SECONDS), rest <= _WAIT_SLICE_SECONDS
-
-
-def _requests(spans: Sequence[Span]) -> Iterator[pb.AddSpansRequest]:
-    """Requests of about `_MAX_BATCH_BYTES` each. A span that is too large alone is the server's to refuse."""
-    request, size_bytes = pb.AddSpansRequest(request_id=_new_id()), 0
-    for span in spans:
-        message = request.spans.add()
-        codec.write_span(message, span)
-        span_bytes = message.ByteSize()
-        if size_bytes and size_bytes + span_bytes > _MAX_BATCH_BYTES:
-            following = pb.AddSpansRequest(request_id=_new_id(), spans=[message])
-            del request.spans[-1]
-            yield request
-            request, size_bytes = following, 0
-        size_bytes += span_bytes
-    if request.spans:
-        yield request

@@ -45,8 +45,9 @@ class RemoteReads(LightningStore):
     async def _stream(self, method: str, request: bytes, take: Callable[[bytes], T]) -> list[T]:
         """Make a call that has many answers, and return what `take` makes of each."""
 
-    async def _call(self, method: str, request: Message, wait: float = 0.0) -> Any:
-        return _parse(method, await self._unary(method, request.SerializeToString(), wait))
+    async def _call(self, method: str, request: Message | bytes, wait: float = 0.0) -> Any:
+        serialised = request if isinstance(request, bytes) else request.SerializeToString()
+        return _parse(method, await self._unary(method, serialised, wait))
 
     async def statistics(self) -> LightningStoreStatistics:
         return codec.statistics_from_proto(await self._call("GetStatistics", pb.GetStatisticsRequest()))
