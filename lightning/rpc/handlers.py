@@ -20,7 +20,7 @@ from lightning.store.contract import LightningStore
 from lightning.store.engine import StoreEngine
 from lightning.store.idempotency import request as request_scope
 from lightning.store.queries import SpanQuery
-from lightning.store.records import SpanRecord
+from lightning.store.records import SpanReceipt, SpanRecord
 from lightning.types import (
     UNSET,
     AttemptedRollout,
@@ -31,6 +31,8 @@ from lightning.types import (
 )
 
 if TYPE_CHECKING:
+    from google.protobuf.internal.containers import RepeatedCompositeFieldContainer
+
     from lightning.rpc.service import StoreService
 
 _FIRST_CLAIM = 8
@@ -155,27 +157,34 @@ async def wait_for_rollouts(service: StoreService, request: pb.WaitForRolloutsRe
 
 
 async def add_spans(service: StoreService, request: AddedSpans) -> Message:
-    return pb.AddSpansResponse(receipts=await receive_spans(service.store, request.spans))
+    response = pb.AddSpansResponse()
+    await receive_spans(service.store, request.spans, response.receipts)
+    return response
 
 
-async def receive_spans(store: LightningStore, spans: ReceivedSpans) -> list[span_pb2.SpanReceipt]:
-    """Store spans, and say what became of each."""
+async def receive_spans(
+    store: LightningStore,
+    spans: ReceivedSpans,
+    receipts: RepeatedCompositeFieldContainer[span_pb2.SpanReceipt],
+) -> None:
+    """Store spans, and write what became of each where the answer has room for it, so that it need not be copied."""
     if isinstance(store, StoreEngine) and type(store).add_many_spans is StoreEngine.add_many_spans:
         # it keeps spans encoded as they are here
         records = []
         for span, encoded in zip(*spans, strict=True):
             codec.check_span(span, encoded)
             records.append(SpanRecord(span.attempt_id, span.span_id, span.sequence_id, encoded))
-        receipts = await store.add_span_records([span.rollout_id for span in spans.messages], records)
-        return [
-            span_pb2.SpanReceipt(sequence_id=receipt.sequence_id, stored=receipt.stored)
-            for receipt in receipts
-        ]
-    decoded = [codec.span_from_proto(span) for span in spans.messages]
-    numbers = {_span_key(span): span.sequence_id for span in await store.add_many_spans(decoded)}
-    # popped: a second one in the same request is a duplicate
-    found = [numbers.pop(_span_key(span), None) for span in decoded]
-    return [span_pb2.SpanReceipt(sequence_id=number or 0, stored=number is not None) for number in found]
+        given = await store.add_span_records([span.rollout_id for span in spans.messages], records)
+    else:
+        decoded = [codec.span_from_proto(span) for span in spans.messages]
+        numbers = {_span_key(span): span.sequence_id for span in await store.add_many_spans(decoded)}
+        # popped: a second one in the same request is a duplicate
+        found = [numbers.pop(_span_key(span), None) for span in decoded]
+        given = [SpanReceipt(number or 0, number is not None) for number in found]
+    for sequence_id, stored in given:
+        receipt = receipts.add()
+        receipt.sequence_id = sequence_id
+        receipt.stored = stored
 
 
 def _span_key(span: Span) -> tuple[str, str, str]:

@@ -101,8 +101,9 @@ class SpanSession:
 
     async def _store(self, store: LightningStore, batch: SpanBatch) -> None:
         number = batch.batch_sequence
+        answer = pb.StreamSpansResponse(ack=pb.StreamSpansResponse.Ack(batch_sequence=number, credits=1))
         try:
-            receipts = await receive_spans(store, batch.spans)
+            await receive_spans(store, batch.spans, answer.ack.receipts)
         except Exception as error:
             failure = to_failure(error)
             if failure.leaves_open:
@@ -111,9 +112,6 @@ class SpanSession:
                 batch_sequence=number, error=errors_pb2.ErrorDetail.FromString(failure.detail), credits=1
             )
             answer = pb.StreamSpansResponse(rejected=rejected)
-        else:
-            ack = pb.StreamSpansResponse.Ack(batch_sequence=number, receipts=receipts, credits=1)
-            answer = pb.StreamSpansResponse(ack=ack)
         self._answers.append(answer)
         self.acknowledged = number
 
