@@ -22,14 +22,15 @@ MAX_ATTRIBUTE_DEPTH = 24
 
 
 _LENGTH_DELIMITED = 2
-_LEVELS = [
-    bytes([field << 3 | _LENGTH_DELIMITED])
+_LEVELS = bytes(
+    field << 3 | _LENGTH_DELIMITED | continued
     for field in (
         span_pb2.AttributeValue.ARRAY_VALUE_FIELD_NUMBER,
         span_pb2.AttributeValue.KVLIST_VALUE_FIELD_NUMBER,
     )
-]
-"""What stands before a sequence and before a map."""
+    for continued in (0, 0x80)
+)
+"""The first byte of what stands before a sequence and before a map; a tag may be longer than it need be."""
 _QUICK_LOOK_BYTES = 4096
 """To count in more than this takes as long as to look at the attributes."""
 _SCALARS = frozenset({"string_value", "bool_value", "int_value", "double_value", "bytes_value"})
@@ -95,7 +96,9 @@ def may_be_too_deep(encoded: bytes) -> bool:
     Args:
         encoded: The message, as protobuf serialises it.
     """
-    return len(encoded) > _QUICK_LOOK_BYTES or sum(map(encoded.count, _LEVELS)) > MAX_ATTRIBUTE_DEPTH
+    if len(encoded) > _QUICK_LOOK_BYTES:
+        return True
+    return len(encoded) - len(encoded.translate(None, _LEVELS)) > MAX_ATTRIBUTE_DEPTH
 
 
 def check_attributes(source: RepeatedCompositeFieldContainer[span_pb2.Attribute], name: str) -> None:

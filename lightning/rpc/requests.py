@@ -69,9 +69,8 @@ def _read_streamed(data: bytes) -> SpanBatch | pb.StreamSpansRequest.Open | None
 
 
 def _received(messages: Sequence[span_pb2.Span], encoded: Sequence[bytes]) -> ReceivedSpans:
-    if len(messages) != len(
-        encoded
-    ):  # of a member of a oneof, nothing counts that stands before another member
+    # of a member of a oneof, nothing counts that stands before another member
+    if len(messages) != len(encoded):
         raise ValueError("the request holds another message before its batch")
     return ReceivedSpans(messages[:], encoded)
 

@@ -88,6 +88,12 @@ async def test_receipts_come_in_the_order_of_the_request(wrap: Any, serve: Any) 
     assert [answer.receipts[index].sequence_id for index in (0, 1, 3)] == [1, 1, 2]
 
 
+@pytest.fixture(params=[True, False], ids=["as they came", "decoded"])
+async def server(request: Any, serve: Any, store: Any) -> LightningStoreServer:
+    """Stores in memory keep spans as they came, stores of other kinds are given them decoded."""
+    return await serve(InMemoryLightningStore() if request.param else store)  # type: ignore[no-any-return]
+
+
 UNKNOWN_GROUP = b"\xfb\x07", b"\xfc\x07"
 """What begins and ends a group with a number that no field of a span has."""
 
@@ -115,6 +121,38 @@ async def test_a_span_means_what_it_says_however_it_is_encoded(
     (found,) = await client.query_spans(rollout.rollout_id)
     span.sequence_id = 1
     assert codec.span_to_proto(found) == span
+
+
+def within(tag: bytes, content: bytes) -> bytes:
+    """A message within a message, which has less than 16 KiB."""
+    size = len(content)
+    return tag + (bytes([size]) if size < 128 else bytes([size & 0x7F | 0x80, size >> 7])) + content
+
+
+@pytest.mark.parametrize("by_map", [True, False])
+@pytest.mark.parametrize("long_tags", [True, False])
+@pytest.mark.parametrize("too_many", [0, 1])
+async def test_how_tags_are_written_does_not_hide_how_deep_a_span_is(
+    by_map: bool, long_tags: bool, too_many: int, server: LightningStoreServer, client: Any
+) -> None:
+    """A number may take more bytes than it needs: 0x2a is 0xaa 0x00, too."""
+    array, kvlist = (b"\xaa\x00", b"\xba\x00") if long_tags else (b"\x2a", b"\x3a")
+    rollout = await server.start_rollout("task")
+    value = span_pb2.AttributeValue(int_value=1).SerializeToString()
+    for _ in range(codec.MAX_ATTRIBUTE_DEPTH + too_many):
+        if by_map:
+            value = within(kvlist, within(b"\x0a", within(b"\x0a", b"k") + within(b"\x12", value)))
+        else:
+            value = within(array, within(b"\x0a", value))
+    attribute = within(b"\x4a", within(b"\x0a", b"deep") + within(b"\x12", value))
+    encoded = codec.span_to_proto(make_span(rollout, attributes={})).SerializeToString() + attribute
+    if too_many:
+        with pytest.raises(grpc.RpcError, match="deeper than"):
+            await add_encoded(server.endpoint, [encoded])
+    else:
+        await add_encoded(server.endpoint, [encoded])
+        (found,) = await client.query_spans(rollout.rollout_id)
+        assert found.attributes["deep"]
 
 
 @pytest.mark.parametrize(("levels", "taken"), [(99, True), (100, False)])

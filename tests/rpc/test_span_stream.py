@@ -178,26 +178,37 @@ def encoded_batch(number: int, *spans: Span) -> bytes:
     return pb.StreamSpansRequest(batch=batch).SerializeToString()
 
 
-async def test_a_batch_in_pieces_is_one(server: Any, connect_stream: Any) -> None:
+AS_THEY_CAME_OR_DECODED = pytest.mark.parametrize(
+    "wrap", [lambda store: store, UnreliableStore], ids=["as they came", "decoded"]
+)
+"""Stores in memory keep spans as they came, stores of other kinds are given them decoded."""
+
+
+@AS_THEY_CAME_OR_DECODED
+async def test_a_batch_in_pieces_is_one(wrap: Any, serve: Any) -> None:
+    server = await serve(wrap(InMemoryLightningStore()))
     rollout = await server.start_rollout("task")
     first, second, third = (make_span(rollout, name=name) for name in ("first", "second", "third"))
-    stream = await connect_stream()
-    await stream.open()
-    await stream.send_raw(encoded_batch(1, first, second) + encoded_batch(1, third))
-    assert [receipt.stored for receipt in (await stream.answer()).ack.receipts] == [True] * 3
+    async with streams(server) as make:
+        stream = await make()
+        await stream.open()
+        await stream.send_raw(encoded_batch(1, first, second) + encoded_batch(1, third))
+        assert [receipt.stored for receipt in (await stream.answer()).ack.receipts] == [True] * 3
     assert await names(server, rollout.rollout_id) == ["first", "second", "third"]
 
 
-async def test_a_batch_that_is_taken_back_is_refused(server: Any, connect_stream: Any) -> None:
+@AS_THEY_CAME_OR_DECODED
+async def test_a_batch_that_is_taken_back_is_refused(wrap: Any, serve: Any) -> None:
     """Protobuf reads the last member of a oneof only; which of the spans were meant is anybody's guess."""
+    server = await serve(wrap(InMemoryLightningStore()))
     rollout = await server.start_rollout("task")
     another = pb.StreamSpansRequest(open=pb.StreamSpansRequest.Open(session_id="s")).SerializeToString()
-    stream = await connect_stream()
-    await stream.open()
-    await stream.send_raw(
-        encoded_batch(1, make_span(rollout)) + another + encoded_batch(1, make_span(rollout))
-    )
-    error = await stream.fails()
+    batch = encoded_batch(1, make_span(rollout))
+    async with streams(server) as make:
+        stream = await make()
+        await stream.open()
+        await stream.send_raw(batch + another + encoded_batch(1, make_span(rollout)))
+        error = await stream.fails()
     assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert "another message before its batch" in error.details()
     assert (await server.query_spans(rollout.rollout_id)).total == 0
